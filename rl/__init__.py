@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, advantages, loss, learner, evaluation and the report."""

@@ -1,0 +1,166 @@
+"""One episode: a policy repairs one task in one sandbox, and the verdict is computed elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from sandbox.agent_tools import Observation, ToolBox, ToolCall
+from sandbox.local import LocalPool
+from sandbox.task import Task
+from sandbox.verdict import judge
+from sft.chat import Malformed, Renderer, parse_calls
+from sft.teacher import SUBMIT, SearchTeacher
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Limits of one episode, the same for teacher, student and every evaluation.
+
+    Attributes:
+      max_turns: policy turns; a turn may hold several tool calls.
+      max_tokens: whole episode, prompt included; also the length of the KV cache.
+      max_new_tokens: sampled in one turn.
+      thinking: Qwen3's thinking mode.
+      declare_tools: put the tools' JSON schemas into the system turn.
+    """
+
+    max_turns: int = 8
+    max_tokens: int = 1024
+    max_new_tokens: int = 96
+    thinking: bool = False
+    declare_tools: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sampled turn: token ids with their sampling log-probabilities; `ended` by its own end
+    token, rather than by the token limit."""
+
+    ids: list[int]
+    logprobs: list[float]
+    ended: bool
+    weight_version: int = -1
+
+
+class Session(Protocol):
+    """A policy inside one episode."""
+
+    async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
+        """The next turn, given what is new: the ids, and the same as texts."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Policy(Protocol):
+    """Something that can repair: a served model, or the teacher."""
+
+    name: str
+
+    async def open(self, seed: int) -> Session: ...
+
+
+class TeacherPolicy:
+    """The search teacher behind the protocol of a model."""
+
+    name = "teacher"
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+
+    async def open(self, seed: int) -> Session:
+        return _ScriptedSession(SearchTeacher(seed).act, self._renderer)
+
+
+class NoopPolicy:
+    """The control that submits at once: what it solves was never broken."""
+
+    name = "noop"
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+
+    async def open(self, seed: int) -> Session:
+        return _ScriptedSession(lambda texts: [SUBMIT], self._renderer)
+
+
+class _ScriptedSession:
+    """A policy that writes calls rather than samples tokens."""
+
+    def __init__(self, act: Callable[[Sequence[str]], list[ToolCall]], renderer: Renderer) -> None:
+        self._act, self._renderer = act, renderer
+
+    async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
+        written = self._renderer.reply(self._act(texts))
+        if len(written) > max_new:  # the same limit as a sampled turn
+            return Reply(written[:max_new], [0.0] * max_new, ended=False)
+        return Reply(written, [0.0] * len(written), ended=True)
+
+    def close(self) -> None:
+        pass
+
+
+async def run_episode(
+    task: Task, policy: Policy, pool: LocalPool, renderer: Renderer, config: AgentConfig, seed: int
+) -> Trajectory:
+    """Run one episode and judge what it left behind. Policy mistakes end in an observation or a
+    failing verdict; only harness trouble raises."""
+    began = time.monotonic()
+    record = Trajectory(
+        task=task.name,
+        package=task.package,
+        operator=task.operator,
+        split=task.split,
+        policy=policy.name,
+        seed=seed,
+        weight_version=-1,
+        prompt=task.instruction,
+    )
+    session = await policy.open(seed)
+    try:
+        async with pool.lease(task.tree()) as sandbox:
+            await _converse(record, session, ToolBox(sandbox, task), renderer, config)
+            record.patch = await sandbox.diff()
+    finally:
+        session.close()
+    verdict = await judge(task, record.patch, pool)
+    record.verdict = asdict(verdict)
+    record.reward = float(verdict.verdict == "pass")
+    record.seconds = round(time.monotonic() - began, 3)
+    return record
+
+
+async def _converse(
+    record: Trajectory, session: Session, box: ToolBox, renderer: Renderer, config: AgentConfig
+) -> None:
+    """Alternate policy turns and observations until submit or a limit; fills `record`."""
+    texts, ids = [record.prompt], renderer.prompt(record.prompt)
+    for _ in range(config.max_turns):
+        budget = min(config.max_new_tokens, config.max_tokens - len(record.ids) - len(ids))
+        if budget <= 0:
+            record.stop = "tokens"
+            return
+        record.add(ids, ENVIRONMENT)
+        reply = await session.reply(ids, texts, budget)
+        record.add(reply.ids, POLICY, reply.logprobs)
+        record.weight_version = reply.weight_version
+        text = renderer.tokenizer.decode(reply.ids)
+        turn = Turn(text, [], [])
+        record.turns.append(turn)
+        for call in parse_calls(text):
+            if isinstance(call, Malformed):
+                observation = Observation(f"error: {call.reason}")
+            else:
+                turn.calls.append({"name": call.name, "arguments": dict(call.arguments)})
+                observation = await box.call(call)
+            turn.observations.append(observation.text)
+            if observation.done:
+                record.stop = "submit"
+                return
+        texts = turn.observations
+        ids = renderer.observation(texts, ended=reply.ended)
+    record.stop = "turns"

@@ -1,0 +1,91 @@
+"""The in-process policy server: one decode engine shared by many concurrent episodes.
+
+Each session owns a slot of the engine for as long as its episode lives, so its KV prefix stays in
+place between turns and only new tokens are ever computed. Everything runs on the event loop's
+thread: the engine advances one step at a time and yields in between, so that tools can answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from model.decode import Engine, Result
+from rl.agent import Reply
+
+
+class InProcessServer:
+    """A policy behind `Engine`.
+
+    Args:
+      name: who the trajectories say wrote them, e.g. "sft" or "rl".
+      stop_ids: token ids that end a turn.
+      temperature: of sampling; recorded log-probabilities are of the tempered distribution.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, stop_ids: tuple[int, ...], temperature: float = 1.0
+    ) -> None:
+        self.name = name
+        self._engine, self._stop_ids, self._temperature = engine, stop_ids, temperature
+        self._free = asyncio.Semaphore(engine.slots)
+        self._waiting: dict[int, asyncio.Future[Result]] = {}
+        self._driver: asyncio.Task[None] | None = None
+
+    async def open(self, seed: int) -> ServerSession:
+        """A session in a free slot; waits for one."""
+        await self._free.acquire()
+        return ServerSession(self, self._engine.open(), seed)
+
+    async def _generate(self, slot: int, ids: Sequence[int], max_new: int, seed: int) -> Result:
+        self._engine.extend(slot, list(ids))
+        self._engine.sample(
+            slot,
+            max_new=max_new,
+            stop_ids=self._stop_ids,
+            temperature=self._temperature,
+            seed=seed,
+        )
+        self._waiting[slot] = future = asyncio.get_running_loop().create_future()
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        return await future
+
+    async def _drive(self) -> None:
+        """Step the engine while any session waits for tokens."""
+        try:
+            while self._waiting:
+                for result in self._engine.step():
+                    self._waiting.pop(result.slot).set_result(result)
+                await asyncio.sleep(0)
+        except Exception as error:
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(error)
+            self._waiting.clear()
+
+    def _release(self, slot: int) -> None:
+        self._waiting.pop(slot, None)
+        self._engine.close(slot)
+        self._free.release()
+
+
+class ServerSession:
+    """One episode's hold on a slot."""
+
+    def __init__(self, server: InProcessServer, slot: int, seed: int) -> None:
+        self._server, self._slot, self._seed = server, slot, seed
+
+    async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
+        """Prefill `ids` behind what the slot holds, then sample up to `max_new` tokens."""
+        result = await self._server._generate(self._slot, ids, max_new, self._seed)
+        return Reply(
+            ids=result.ids,
+            logprobs=result.logprobs,
+            ended=result.finish == "stop",
+            weight_version=result.version,
+        )
+
+    def close(self) -> None:
+        """Give the slot back."""
+        self._server._release(self._slot)

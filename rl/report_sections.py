@@ -1,0 +1,253 @@
+"""The parts of the report that need no script: headline, tables, bars and curves, as HTML text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from rl.report_charts import curve
+
+POLICIES = {"noop": "No-op", "teacher": "Teacher", "sft": "SFT", "rl": "SFT+RL"}
+
+# shown first, in this order; every other metric follows under "more"
+MAIN_CURVES = (
+    "pretrain/loss",
+    "sft/loss",
+    "rl/reward",
+    "rl/success",
+    "eval/success",
+    "rl/kl",
+    "rl/kl_old",
+    "rl/entropy",
+    "mismatch/max",
+    "mismatch/mean",
+)
+_QUARTERS = (0, 25, 50, 75, 100)  # grid lines of the success axis, in percent
+_CURVES_HINT = "By step, one line a seed; over a long line its moving average. Point for values."
+NOT_RUN = '<p class="none">not run</p>'
+
+Series = dict[str, dict[float, float]]  # one line a seed: step -> value
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What came out, in one sentence, with no more certainty than the interval has."""
+    sft, rl = (_number(summary, "success", policy, "mean") for policy in ("sft", "rl"))
+    gain, low, high = (_number(summary, "gain", key) for key in ("mean", "low", "high"))
+    if rl is None and sft is None:
+        return "Not evaluated yet."
+    if rl is None or sft is None:
+        done, missing = ("SFT", "RL") if rl is None else ("SFT+RL", "SFT")
+        share = _percent(sft if rl is None else rl)
+        return f"{done} repairs {share} of held-out bugs; {missing} has not been evaluated."
+    start = f"SFT+RL repairs <strong>{_percent(rl)}</strong> of held-out bugs"
+    if gain is None or low is None or high is None:
+        return f"{start}, SFT {_percent(sft)}."
+    word = "more" if gain >= 0 else "fewer"
+    sentence = (
+        f"{start}, <strong>{abs(gain) * 100:.1f} points {word}</strong> than SFT alone "
+        f"(paired 95&nbsp;% interval {low * 100:+.1f} to {high * 100:+.1f})."
+    )
+    return sentence if low > 0 or high < 0 else f"{sentence} The interval includes zero."
+
+
+def success(summary: Mapping[str, Any]) -> str:
+    """The table {no-op, teacher, SFT, SFT+RL} × held-out success, with intervals drawn."""
+    rows = []
+    for policy, label in POLICIES.items():
+        mean, low, high, n = (
+            _number(summary, "success", policy, key) for key in ("mean", "low", "high", "n")
+        )
+        if mean is None:
+            cells = '<td class="none" colspan="4">not run</td>'
+        else:
+            low, high = (mean if edge is None else edge for edge in (low, high))
+            cells = (
+                f'<td class="number"><b>{_percent(mean)}</b></td>'
+                f'<td class="number">{low * 100:.1f} – {high * 100:.1f}</td>'
+                f'<td class="number">{"–" if n is None else f"{n:.0f}"}</td>'
+                f"<td>{_interval(policy, mean, low, high)}</td>"
+            )
+        rows.append(f'<tr><th scope="row">{_mark(policy)}{label}</th>{cells}</tr>')
+    return (
+        '<table class="success"><thead><tr><th>Policy</th><th class="number">Held-out success</th>'
+        '<th class="number">95&nbsp;% interval</th><th class="number">n</th>'
+        '<th class="wide"><span class="scale"><i>0</i><i>25</i><i>50</i><i>75</i><i>100&nbsp;%</i>'
+        f"</span></th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def facts(summary: Mapping[str, Any]) -> str:
+    """How the run was made: time, memory, seeds, isolation, and where the time went."""
+    found: list[tuple[str, str]] = []
+    wall, peak = _number(summary, "wall_s"), _number(summary, "peak_rss_gib")
+    seeds, isolation = summary.get("seeds"), summary.get("isolation")
+    if wall is not None:
+        found.append(("Wall time", _duration(wall)))
+    if peak is not None:
+        found.append(("Peak memory", f"{peak:.1f} GiB"))
+    if seeds is not None:
+        listed = seeds if isinstance(seeds, list) else [seeds]
+        found.append(("Seeds", escape(", ".join(map(str, listed)))))
+    if isolation is not None:
+        plain = '<span class="warn">none: plain processes</span>'
+        text = {"bwrap": "bubblewrap", "plain": plain}.get(isolation) or escape(str(isolation))
+        found.append(("Isolation", text))
+    phases = summary.get("phases")
+    if isinstance(phases, dict):
+        for name in phases:
+            seconds = _number(phases, name)
+            if seconds is not None:
+                label = {"sft": "SFT", "rl": "RL"}.get(name, name.capitalize())
+                found.append((escape(label), _duration(seconds)))
+    items = "".join(f"<div><dt>{label}</dt><dd>{text}</dd></div>" for label, text in found)
+    return f'<dl class="facts">{items}</dl>' if found else ""
+
+
+def curves(metrics: list[dict[str, Any]]) -> str:
+    """One small chart a metric that any record of `metrics.jsonl` has."""
+    found = _series(metrics)
+    if not found:
+        return NOT_RUN
+    main = [name for name in MAIN_CURVES if name in found] or sorted(found)[:6]
+    more = [name for name in sorted(found) if name not in main]
+    html = f'<p class="hint">{_CURVES_HINT}</p>'
+    html += f'<div class="charts">{"".join(curve(name, found[name]) for name in main)}</div>'
+    if more:
+        charts = "".join(curve(name, found[name]) for name in more)
+        html += (
+            f"<details><summary>{len(more)} more metrics</summary>"
+            f'<div class="charts">{charts}</div></details>'
+        )
+    return html
+
+
+def tool_use(before: list[dict[str, int]], after: list[dict[str, int]]) -> str:
+    """Calls an episode of each tool in held-out episodes, before and after RL."""
+    if not before and not after:
+        return NOT_RUN
+    names = sorted({name for counts in before + after for name in counts})
+    means = {
+        name: [_mean([counts.get(name, 0) for counts in side]) for side in (before, after)]
+        for name in names
+    }
+    top = max((value for pair in means.values() for value in pair if value), default=1.0)
+    rows = []
+    for name, (sft, rl) in means.items():
+        change = "–" if sft is None or rl is None else f"{rl - sft:+.2f}"
+        bars = "".join(
+            _bar(policy, value / top)
+            for policy, value in (("sft", sft), ("rl", rl))
+            if value is not None
+        )
+        rows.append(
+            f'<tr><th scope="row"><code>{escape(name)}</code></th>'
+            f'<td class="number">{_per_episode(sft)}</td>'
+            f'<td class="number">{_per_episode(rl)}</td>'
+            f'<td class="number">{change}</td><td><div class="pair">{bars}</div></td></tr>'
+        )
+    return (
+        '<table><thead><tr><th>Tool</th><th class="number">SFT</th><th class="number">SFT+RL</th>'
+        '<th class="number">Change</th><th class="wide">Calls per held-out episode '
+        f"({len(before)} SFT, {len(after)} SFT+RL)</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def breakdown(summary: Mapping[str, Any]) -> str:
+    """Held-out success by mutation operator and by package, where the summary has it."""
+    parts = []
+    for key, label in (("per_operator", "Mutation operator"), ("per_package", "Package")):
+        table = summary.get(key)
+        if not isinstance(table, dict) or not table:
+            continue
+        rows = []
+        for name in sorted(table):
+            cells = []
+            for policy in POLICIES:
+                value = _number(table, name, policy)
+                if value is None:
+                    value = _number(table, name, policy, "mean")
+                bar = "" if value is None else _bar(policy, value)
+                cells.append(f'<td class="number">{_percent(value)}{bar}</td>')
+            rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
+        heads = "".join(f'<th class="number">{label}</th>' for label in POLICIES.values())
+        parts.append(
+            f"<table><thead><tr><th>{label}</th>{heads}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>"
+        )
+    return "".join(parts) or NOT_RUN
+
+
+def episode_count(shown: int, total: int) -> str:
+    if shown == total:
+        return f"{total:,} episodes"
+    return f"{shown:,} of {total:,} episodes; all are in the run's trajectories folder"
+
+
+def _series(metrics: list[dict[str, Any]]) -> dict[str, Series]:
+    """Metric -> seed -> step -> value; a step that was run again after a resume counts once."""
+    found: dict[str, Series] = {}
+    for record in metrics:
+        phase, step = record.get("phase"), _number(record, "step")
+        if step is None:
+            continue
+        line = str(record.get("seed", ""))
+        for key in record:
+            value = record[key]
+            if key in ("step", "seed") or isinstance(value, bool):
+                continue
+            if isinstance(value, (int, float)):
+                name = key if "/" in key else f"{phase}/{key}"
+                found.setdefault(name, {}).setdefault(line, {})[step] = float(value)
+    return found
+
+
+def _interval(policy: str, mean: float, low: float, high: float) -> str:
+    """A dot at the mean on a bar from low to high, on an axis from 0 to 1."""
+    left, right, dot = (f"{max(0.0, min(1.0, x)):.1%}" for x in (low, high, mean))
+    grid = "".join(f'<line class="grid" x1="{x}%" y1="0" x2="{x}%" y2="16"/>' for x in _QUARTERS)
+    return (
+        f'<svg class="interval {policy}" aria-hidden="true">{grid}'
+        f'<line class="range" x1="{left}" y1="8" x2="{right}" y2="8"/>'
+        f'<circle cx="{dot}" cy="8" r="5"/></svg>'
+    )
+
+
+def _bar(policy: str, share: float) -> str:
+    return (
+        f'<svg class="bar {policy}" viewBox="0 0 400 8" preserveAspectRatio="none" '
+        f'aria-hidden="true"><rect width="{share * 400:.1f}" height="8"/></svg>'
+    )
+
+
+def _mark(policy: str) -> str:
+    return f'<span class="mark {policy}"></span>'
+
+
+def _mean(values: list[int]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _per_episode(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value * 100:.1f}&nbsp;%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def _number(data: Any, *path: str) -> float | None:
+    """The finite number at `path` in nested mappings, or None."""
+    for key in path:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    if isinstance(data, bool) or not isinstance(data, (int, float)):
+        return None
+    return float(data) if math.isfinite(data) else None

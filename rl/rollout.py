@@ -1,0 +1,88 @@
+"""Many episodes at once, in a fixed order, interruptible and resumable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.files import append_jsonl
+from rl.agent import AgentConfig, Policy, run_episode
+from sandbox.local import LocalPool
+from sandbox.task import Task
+from sft.chat import Renderer
+from sft.trajectory import Trajectory, load, save, to_record
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What identifies an episode: the same task and seed give the same episode."""
+
+    task: Task
+    seed: int
+
+
+async def run_episodes(
+    episodes: Sequence[Episode],
+    policy: Policy,
+    pool: LocalPool,
+    renderer: Renderer,
+    config: AgentConfig,
+    *,
+    concurrency: int,
+    on_done: Callable[[Trajectory], None] = lambda _: None,
+) -> list[Trajectory]:
+    """Run all episodes, `concurrency` at a time; results come in the order of `episodes`.
+
+    The first failure of the harness cancels the rest and is raised.
+    """
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(episode: Episode) -> Trajectory:
+        async with gate:
+            done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+        on_done(done)
+        return done
+
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(one(episode)) for episode in episodes]
+    return [task.result() for task in running]
+
+
+async def run_to_file(
+    path: Path,
+    episodes: Sequence[Episode],
+    policy: Policy,
+    pool: LocalPool,
+    renderer: Renderer,
+    config: AgentConfig,
+    *,
+    concurrency: int,
+    on_done: Callable[[Trajectory], None] = lambda _: None,
+) -> list[Trajectory]:
+    """Like `run_episodes`, kept in `path`: finished episodes survive a kill and are not run again.
+
+    While under way they are in `path.partial`; `path` itself only ever holds the whole set.
+    """
+    if path.exists():
+        return load(path)
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {(t.task, t.seed): t for t in (load(partial) if partial.exists() else [])}
+
+    def keep(trajectory: Trajectory) -> None:
+        append_jsonl(partial, to_record(trajectory))
+        on_done(trajectory)
+
+    for trajectory in done.values():
+        on_done(trajectory)
+    todo = [e for e in episodes if (e.task.name, e.seed) not in done]
+    fresh = await run_episodes(
+        todo, policy, pool, renderer, config, concurrency=concurrency, on_done=keep
+    )
+    done.update({(t.task, t.seed): t for t in fresh})
+    result = [done[e.task.name, e.seed] for e in episodes]
+    save(path, result)
+    partial.unlink(missing_ok=True)
+    return result

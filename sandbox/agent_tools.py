@@ -1,0 +1,246 @@
+"""The tools a policy may call, their JSON schemas, and what each one returns.
+
+Nothing else reaches the sandbox. A wrong call (unknown tool, bad argument, text that is not in the
+file) is answered with an observation that says so; only trouble of the harness itself raises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import InputError
+from sandbox.base import Sandbox, SandboxError, TestReport
+from sandbox.mutate import functions
+from sandbox.task import Task
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+
+MAX_VIEW_LINES = 40
+MAX_MATCHES = 12
+MAX_LINE_CHARS = 160
+MAX_FRAMES = 3
+
+
+def _tool(name: str, description: str, required: tuple[str, ...] = (), **properties: str) -> dict:
+    """One tool in the OpenAI function format that Qwen3's chat template expects."""
+    kinds = {"line": "integer", "undo": "boolean"}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    key: {"type": kinds.get(key, "string"), "description": text}
+                    for key, text in properties.items()
+                },
+                "required": list(required),
+            },
+        },
+    }
+
+
+TOOLS: tuple[dict, ...] = (
+    _tool(
+        "view",
+        "Show numbered lines of a file: the named function, or the lines around `line`.",
+        ("path",),
+        path="file, relative to the repository",
+        symbol="function, as `name` or `Class.name`",
+        line="line to centre on",
+    ),
+    _tool(
+        "search",
+        "Find a literal text in the Python files of the repository.",
+        ("text",),
+        text="text to find",
+    ),
+    _tool(
+        "edit",
+        "Replace `old`, which must occur exactly once (on `line`, if given), by `new`.",
+        ("path", "old", "new"),
+        path="file, relative to the repository",
+        line="the line that holds `old`",
+        old="text to replace",
+        new="replacement",
+        undo="first take back every earlier edit",
+    ),
+    _tool("run_tests", "Run the tests of this task."),
+    _tool("submit", "Hand in the repository as it is now and end the task."),
+)
+_SCHEMAS: dict[str, dict] = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
+_TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One parsed call: `{"name": …, "arguments": {…}}`."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy is told, and whether the episode ends here."""
+
+    text: str
+    done: bool = False
+
+
+class CallError(ValueError):
+    """The policy's own mistake; its text becomes the observation."""
+
+
+def check_arguments(call: ToolCall) -> None:
+    """Raise `CallError` unless the call names a tool and fits that tool's schema."""
+    schema = _SCHEMAS.get(call.name)
+    if schema is None:
+        raise CallError(f"no tool {call.name!r}; tools: {', '.join(_SCHEMAS)}")
+    for key in schema["required"]:
+        if key not in call.arguments:
+            raise CallError(f"{call.name} needs {key!r}")
+    for key, value in call.arguments.items():
+        if key not in schema["properties"]:
+            raise CallError(f"{call.name} has no argument {key!r}")
+        kind = schema["properties"][key]["type"]
+        # bool is an int in Python, not in JSON
+        if not isinstance(value, _TYPES[kind]) or (kind == "integer" and value is True):
+            raise CallError(f"{key!r} must be a {kind}")
+
+
+class ToolBox:
+    """The tools of one episode, acting on one leased sandbox that holds `task`'s buggy tree."""
+
+    def __init__(self, sandbox: Sandbox, task: Task) -> None:
+        self._sandbox = sandbox
+        self._tests = (*task.fail_to_pass, *task.pass_to_pass)
+        self._before_edit: dict[str, bytes] = {}
+        self._last_failure: str | None = None
+        self.passing = False
+
+    async def call(self, call: ToolCall) -> Observation:
+        """Carry out one call. The policy's mistakes come back as text, never as exceptions."""
+        try:
+            check_arguments(call)
+            match call.name:
+                case "view":
+                    text = await self._view(**call.arguments)
+                case "search":
+                    text = await self._search(**call.arguments)
+                case "edit":
+                    text = await self._edit(**call.arguments)
+                case "run_tests":
+                    text = await self._run_tests()
+                case _:
+                    return Observation("submitted", done=True)
+        except (CallError, SandboxError) as error:
+            text = f"error: {error}"
+        return Observation(text)
+
+    async def _source(self, path: str) -> str:
+        data = await self._sandbox.read(path)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise CallError(f"{path} is not UTF-8 text") from None
+
+    async def _view(self, path: str, symbol: str | None = None, line: int | None = None) -> str:
+        source = await self._source(path)
+        lines = source.splitlines()
+        first, last = 1, len(lines)
+        if symbol is not None:
+            spans = {span.name: span for span in _spans(source)}
+            if symbol not in spans:
+                raise CallError(f"no function {symbol!r} in {path}")
+            first, last = spans[symbol].line, spans[symbol].end_line
+        if line is not None:
+            if not 1 <= line <= len(lines):
+                raise CallError(f"{path} has {len(lines)} lines")
+            first = max(first, line - MAX_VIEW_LINES // 2)
+        shown = lines[first - 1 : min(last, first - 1 + MAX_VIEW_LINES)]
+        text = "\n".join(f"{n} {_clip(text)}" for n, text in enumerate(shown, first))
+        rest = last - first + 1 - len(shown)
+        return f"{text}\n({rest} more lines)" if rest > 0 else text
+
+    async def _search(self, text: str) -> str:
+        if not text.strip() or "\n" in text:
+            raise CallError("search needs one line of text")
+        argv = ["grep", "-rnIF", "--include=*.py", "-m", "4", "-e", text, "."]
+        result = await self._sandbox.exec(argv)
+        found = [line.removeprefix("./") for line in result.stdout.splitlines()]
+        if not found:
+            return "nothing found"
+        shown = [_clip(line) for line in found[:MAX_MATCHES]]
+        if len(found) > MAX_MATCHES:
+            shown.append(f"({len(found) - MAX_MATCHES} more)")
+        return "\n".join(shown)
+
+    async def _edit(
+        self, path: str, old: str, new: str, line: int | None = None, undo: bool = False
+    ) -> str:
+        if undo:
+            for edited, data in self._before_edit.items():
+                await self._sandbox.write(edited, data)
+            self._before_edit.clear()
+        source = await self._source(path)
+        if not old or old == new:
+            raise CallError("`old` must not be empty and must differ from `new`")
+        start, end = 0, len(source)
+        if line is not None:
+            lines = source.splitlines(keepends=True)
+            if not 1 <= line <= len(lines):
+                raise CallError(f"{path} has {len(lines)} lines")
+            start = sum(map(len, lines[: line - 1]))
+            end = start + len(lines[line - 1])
+        count = source.count(old, start, end)
+        where = f"on line {line}" if line is not None else f"in {path}"
+        if count != 1:
+            raise CallError(f"`old` occurs {count} times {where}")
+        at = source.index(old, start, end)
+        self._before_edit.setdefault(path, source.encode())
+        await self._sandbox.write(path, (source[:at] + new + source[at + len(old) :]).encode())
+        return "edited"
+
+    async def _run_tests(self) -> str:
+        report = await self._sandbox.run_tests(self._tests)
+        self.passing = report.passed(self._tests)
+        if self.passing:
+            return f"all {len(self._tests)} tests pass"
+        failure = describe_failure(report)
+        same, self._last_failure = failure == self._last_failure, failure
+        return "still failing, same errors" if same else failure
+
+
+def describe_failure(report: TestReport) -> str:
+    """The failing tests in a few lines: how many, and for the first the call chain and the error.
+
+    No durations, addresses or temporary paths: the same tree gives the same text.
+    """
+    if report.timed_out or report.killed_by:
+        return f"test run ended early: {report.killed_by or 'deadline'}"
+    bad = [case for case in report.cases if case.outcome not in ("passed", "skipped")]
+    if not bad:
+        return f"no test ran\n{_clip(report.tail[-MAX_LINE_CHARS:])}"
+    first = next((case for case in bad if case.error), bad[0])
+    lines = [f"{len(bad)} of {len(report.cases)} tests fail", first.id]
+    for frame in first.frames[-MAX_FRAMES:]:
+        lines.append(f"{frame.path}:{frame.line} {frame.function}: {_clip(frame.source_line)}")
+    lines.append(_clip(_ADDRESS.sub("0x", first.error)) or first.outcome)
+    return "\n".join(lines)
+
+
+def _spans(source: str) -> list[Any]:
+    try:
+        return functions(source)
+    except InputError as error:
+        raise CallError(str(error)) from None
+
+
+def _clip(text: str) -> str:
+    text = text.rstrip()
+    return text if len(text) <= MAX_LINE_CHARS else text[: MAX_LINE_CHARS - 1] + "…"

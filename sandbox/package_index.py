@@ -1,0 +1,189 @@
+"""Fetching pinned source archives from the package index that pip itself is set up for.
+
+Nothing is built and nothing of a package is run: the archive is found, streamed, hashed and kept
+only when its SHA-256 is the pinned one.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import logging
+import os
+import re
+import ssl
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import InputError
+
+if TYPE_CHECKING:
+    from unearth import Link
+    from unearth.fetchers.sync import PyPIClient
+
+MAX_ARCHIVE_BYTES = 64 << 20
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """Where to look for packages and how to connect; the fields are pip's options."""
+
+    index_urls: tuple[str, ...] = ("https://pypi.org/simple",)
+    find_links: tuple[str, ...] = ()
+    trusted_hosts: tuple[str, ...] = ()
+    cert: str | None = None
+    proxy: str | None = None
+    timeout_s: float = 15.0
+
+
+def pip_settings() -> IndexSettings:
+    """What pip would use: its configuration files and `PIP_*` variables, read through pip.
+
+    Local indexes that do not exist are left out, as pip ignores them too.
+    """
+    values = {
+        key[4:].lower().replace("_", "-"): value
+        for key, value in os.environ.items()
+        if key.startswith("PIP_")
+    }
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for line in listing.splitlines():
+        match = re.fullmatch(r"(?:global|download|install)\.([\w-]+)=(.*)", line.strip())
+        if match:
+            # variables win over files, as in pip
+            values.setdefault(match[1].replace("_", "-"), str(ast.literal_eval(match[2])))
+    indexes = [values.get("index-url", "https://pypi.org/simple")]
+    indexes += values.get("extra-index-url", "").split()
+    if values.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+        indexes = []
+    return IndexSettings(
+        tuple(url for url in indexes if _reachable(url)),
+        tuple(url for url in values.get("find-links", "").split() if _reachable(url)),
+        tuple(values.get("trusted-host", "").split()),
+        values.get("cert"),
+        values.get("proxy"),
+        float(values.get("default-timeout", values.get("timeout", "15"))),
+    )
+
+
+def _reachable(url: str) -> bool:
+    path = url.removeprefix("file://")
+    return "://" in path or os.path.exists(path)
+
+
+class PackageIndex:
+    """A connection to the configured indexes. Threads may share it."""
+
+    def __init__(self, settings: IndexSettings) -> None:
+        from unearth.auth import MultiDomainBasicAuth
+        from unearth.fetchers.sync import PyPIClient
+
+        self.settings = settings
+        # a missing page is told to the caller, in one error: not to the log as well
+        logging.getLogger("unearth").setLevel(logging.ERROR)
+        verify: ssl.SSLContext | bool = True
+        if settings.cert:
+            folder = os.path.isdir(settings.cert)
+            verify = ssl.create_default_context(
+                cafile=None if folder else settings.cert, capath=settings.cert if folder else None
+            )
+        self.client: PyPIClient = PyPIClient(
+            trusted_hosts=settings.trusted_hosts,
+            verify=verify,
+            timeout=settings.timeout_s,
+            proxy=settings.proxy,
+            follow_redirects=True,
+        )
+        self.client.auth = MultiDomainBasicAuth(prompting=False, index_urls=settings.index_urls)
+
+    def download(self, name: str, version: str, sha256: str, target: Path) -> None:
+        """Put the sdist of `name==version` at `target`: the whole file or nothing.
+
+        Raises InputError when the index has no such sdist, has withdrawn it, cannot be reached, or
+        gives a file with another SHA-256.
+        """
+        link = self._find(name, version)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.parent / f".{target.name}.{os.getpid()}.part"
+        try:
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    digest = self._stream(link, part, f"{name} {version}")
+                    break
+                except InputError:
+                    raise
+                except Exception as error:  # the client's error classes vary with unearth's version
+                    if attempt == _ATTEMPTS:
+                        raise InputError(
+                            f"could not download {name} {version} from {link.redacted}: {error}"
+                        ) from error
+            if digest != sha256:
+                raise InputError(
+                    f"{name} {version}: the sdist has sha256 {digest}, but {sha256} is pinned; "
+                    "it was not kept (check the index, or the pin)"
+                )
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _find(self, name: str, version: str) -> Link:
+        from packaging.version import InvalidVersion, Version
+        from unearth import PackageFinder
+
+        wanted = f"{name} {version}"
+        sources = [{"index_urls": [url]} for url in self.settings.index_urls]
+        sources += [{"find_links": [url]} for url in self.settings.find_links]
+        if not sources:
+            raise InputError(f"{wanted} is not cached, and pip is set up with no index at all")
+        failures: list[str] = []
+        other_versions: set[str] = set()
+        for source in sources:
+            finder = PackageFinder(
+                self.client,
+                **source,
+                trusted_hosts=self.settings.trusted_hosts,
+                ignore_compatibility=True,
+                no_binary=[":all:"],
+            )
+            try:
+                found = list(finder.find_all_packages(name, allow_yanked=True))
+            except Exception as error:  # see download()
+                failures.append(f"{type(error).__name__}: {error}")
+                continue
+            for package in found:
+                try:
+                    same = Version(package.version or "") == Version(version)
+                except InvalidVersion:
+                    continue
+                other_versions.add(package.version or "")
+                if not same or not package.link.filename.endswith(".tar.gz"):
+                    continue
+                if package.link.is_yanked:
+                    reason = package.link.yank_reason or "no reason given"
+                    raise InputError(f"{wanted} was withdrawn from the index: {reason}")
+                return package.link
+        if failures:
+            raise InputError(f"could not reach the package index for {wanted}: {failures[0]}")
+        known = f"it has {len(other_versions)} other versions" if other_versions else "no such name"
+        raise InputError(f"the package index has no sdist (.tar.gz) of {wanted}: {known}")
+
+    def _stream(self, link: Link, part: Path, what: str) -> str:
+        """Write the archive aside and return its SHA-256."""
+        digest, size = hashlib.sha256(), 0
+        with self.client.get_stream(link.normalized) as response, open(part, "wb") as file:
+            if response.status_code >= 400:
+                raise OSError(f"status {response.status_code}")
+            for chunk in response.iter_bytes():
+                size += len(chunk)
+                if size > MAX_ARCHIVE_BYTES:
+                    raise InputError(f"{what}: the sdist is larger than {MAX_ARCHIVE_BYTES} bytes")
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()

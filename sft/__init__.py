@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: rendering, teacher, trajectories, dataset and training."""

@@ -1,0 +1,127 @@
+"""Token sequences into fixed-shape rows, several to a row, with nothing lost and nothing mixed.
+
+A row holds whole examples one behind the other; `segments` keeps attention inside each example and
+`positions` restarts with each. The tokens that carry loss are listed by index, so that the
+vocabulary projection is only ever computed where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from configs.errors import InputError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence. Per id: `weight` in the loss (0 for context), and for RL the log-probability
+    it was sampled with and its advantage."""
+
+    ids: Sequence[int]
+    weight: Sequence[float]
+    logprobs: Sequence[float] | None = None
+    advantage: float = 0.0
+
+
+class Rows(NamedTuple):
+    """Packed rows.
+
+    tokens, segments, positions: int32 [rows, length]; segment 0 is padding.
+    source: int32 [rows, targets]; index in the row of the token *before* each target.
+    target: int32 [rows, targets]; weight, advantage: float32 [rows, targets]; unused slots have
+    weight 0. old_logprob, ref_logprob: float32 [rows, targets], when sampled and under the
+    reference policy (0 where a run has none).
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    advantage: np.ndarray
+    old_logprob: np.ndarray
+    ref_logprob: np.ndarray
+
+    def __getitem__(self, rows):  # type: ignore[override]
+        """Select rows of every array (a `slice` or index array)."""
+        return Rows(*(array[rows] for array in tuple(self)))
+
+
+def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
+    """Best-fit decreasing bin packing of `examples` into rows of `length` tokens, each with at most
+    `targets` loss tokens. Deterministic; ties keep the given order.
+
+    Raises:
+      InputError: an example does not fit a row.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # per bin: free tokens, free targets
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    for i in order:
+        tokens, wanted = len(examples[i].ids), _targets(examples[i])
+        if tokens > length or wanted > targets:
+            raise InputError(
+                f"example {i} has {tokens} tokens, {wanted} with loss; a row holds {length}, "
+                f"{targets}: raise row_tokens or row_targets"
+            )
+        fits = [b for b, (t, w) in enumerate(room) if t >= tokens and w >= wanted]
+        if fits:
+            best = min(fits, key=lambda b: room[b][0])
+        else:
+            best = len(bins)
+            bins.append([])
+            room.append((length, targets))
+        bins[best].append(i)
+        room[best] = (room[best][0] - tokens, room[best][1] - wanted)
+    rows = empty_rows(len(bins), length, targets)
+    for row, members in enumerate(bins):
+        _fill(rows, row, [examples[i] for i in members])
+    return rows
+
+
+def empty_rows(count: int, length: int, targets: int) -> Rows:
+    """Rows of nothing but padding: what fills up a last, short batch."""
+    shapes = [(count, length)] * 3 + [(count, targets)] * 6
+    kinds = [np.int32] * 5 + [np.float32] * 4
+    return Rows(*(np.zeros(s, k) for s, k in zip(shapes, kinds, strict=True)))
+
+
+def microbatches(rows: Rows, size: int) -> list[Rows]:
+    """Cut rows into batches of exactly `size` rows, the last one filled up with padding.
+
+    No rows at all give one batch of padding, whose gradient is zero.
+    """
+    count = len(rows.tokens)
+    short = -count % size if count else size
+    padding = empty_rows(short, rows.tokens.shape[1], rows.target.shape[1])
+    whole = Rows(*(np.concatenate(pair) for pair in zip(rows, padding, strict=True)))
+    return [whole[start : start + size] for start in range(0, count + short, size)]
+
+
+def _targets(example: Example) -> int:
+    return sum(1 for w in example.weight[1:] if w)
+
+
+def _fill(rows: Rows, row: int, examples: list[Example]) -> None:
+    at = slot = 0
+    for segment, example in enumerate(examples, 1):
+        n = len(example.ids)
+        rows.tokens[row, at : at + n] = example.ids
+        rows.segments[row, at : at + n] = segment
+        rows.positions[row, at : at + n] = np.arange(n)
+        for i in range(1, n):  # nothing predicts the first token
+            if not example.weight[i]:
+                continue
+            rows.source[row, slot] = at + i - 1
+            rows.target[row, slot] = example.ids[i]
+            rows.weight[row, slot] = example.weight[i]
+            rows.advantage[row, slot] = example.advantage
+            if example.logprobs is not None:
+                rows.old_logprob[row, slot] = example.logprobs[i]
+            slot += 1
+        at += n

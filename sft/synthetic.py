@@ -1,0 +1,185 @@
+"""Pre-training text: real functions with procedural bugs, as short repair episodes.
+
+Nothing is executed here. Each example is an episode in the agent's own format whose function comes
+from a real source file and whose edits undo mutations that were just put in, so a small model can
+learn the format, to copy, and what unlikely code looks like, at thousands of examples a second.
+What test output means it learns later, from real episodes.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from configs.errors import InputError
+from sandbox.agent_tools import ToolCall
+from sandbox.mutate import Edit, functions, minimal, mutations
+from sft.chat import Renderer
+from sft.packing import Example
+from sft.teacher import RUN, SUBMIT
+
+MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
+# Share of the code's own tokens that carry loss: enough to learn what code looks like, and the
+# vocabulary projection of the rest is saved.
+CODE_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function as the agent's view shows it, with every single-line bug it may get."""
+
+    module: str
+    name: str
+    line: int
+    lines: tuple[str, ...]
+    bugs: tuple[Edit, ...]  # lines counted from 1 inside the function
+
+
+def extract(module: str, source: str) -> Iterator[Function]:
+    """Every function of `source` that fits the small model's window and can be mutated."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(source)
+        spans = functions(source)
+    except (InputError, SyntaxError, ValueError, RecursionError):
+        return
+    lines = source.split("\n")
+    for span in spans:
+        body = lines[span.line - 1 : span.end_line]
+        if not MIN_LINES <= len(body) <= MAX_LINES or sum(map(len, body)) > MAX_CHARS:
+            continue
+        if any("\t" in line or not line.isascii() for line in body):
+            continue
+        try:
+            edits = mutations("\n".join(_dedent(body)) + "\n")
+        except InputError:
+            continue
+        if edits:
+            yield Function(module, span.name, span.line, tuple(body), tuple(edits))
+
+
+def _dedent(lines: Sequence[str]) -> list[str]:
+    margin = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    return [line[margin:] for line in lines]
+
+
+class RepairEpisodes:
+    """An endless, seeded stream of pre-training examples over `pool`."""
+
+    def __init__(self, pool: Sequence[Function], renderer: Renderer, seed: int) -> None:
+        self._pool, self._renderer = pool, renderer
+        self._random = random.Random(seed)
+
+    def example(self) -> Example:
+        """One episode: up to three bugs at once, or one bug after up to four wrong tries."""
+        function = self._random.choice(self._pool)
+        several = self._random.random() < 0.5
+        bugs = self._pick(function.bugs, self._random.choice((1, 2, 3)) if several else 1)
+        lines = list(_dedent(function.lines))
+        margin = len(function.lines[0]) - len(lines[0])
+        for bug in bugs:
+            lines[bug.line - 1] = bug.new
+        calls = [self._call(function, bug.line, bug.new, bug.old) for bug in bugs]
+        shown = [" " * margin * bool(line) + line for line in lines]
+        wrong = [] if several else self._wrong(function, lines, calls[0])
+        return self._render(function, shown, bugs[0].line, calls, wrong)
+
+    def _pick(self, bugs: Sequence[Edit], count: int) -> list[Edit]:
+        """Bugs on different lines, kinds of bug equally likely; ordered by line."""
+        kinds: dict[str, list[Edit]] = defaultdict(list)
+        for bug in bugs:
+            kinds[bug.operator].append(bug)
+        chosen: dict[int, Edit] = {}
+        for _ in range(count):
+            bug = self._random.choice(kinds[self._random.choice(sorted(kinds))])
+            chosen.setdefault(bug.line, bug)
+        return [chosen[line] for line in sorted(chosen)]
+
+    def _wrong(self, function: Function, lines: list[str], right: ToolCall) -> list[ToolCall]:
+        """Edits that a searcher might try first, in vain."""
+        count = self._random.choice((0, 0, 1, 2, 3, 4))
+        if not count:
+            return []
+        try:
+            edits = mutations("\n".join(lines) + "\n")
+        except InputError:
+            return []
+        calls: list[ToolCall] = []
+        for _ in range(count if edits else 0):
+            edit = self._pick(edits, 1)[0]
+            call = self._call(function, edit.line, edit.old, edit.new)
+            if call not in calls and call != right:
+                calls.append(call)
+        return calls
+
+    def _call(self, function: Function, line: int, old: str, new: str) -> ToolCall:
+        before, after = minimal(old, new)
+        number = function.line + line - 1
+        return ToolCall(
+            "edit", {"path": function.module, "line": number, "old": before, "new": after}
+        )
+
+    def _render(
+        self,
+        function: Function,
+        shown: list[str],
+        bug_line: int,
+        calls: list[ToolCall],
+        wrong: list[ToolCall],
+    ) -> Example:
+        render = self._renderer
+        short = function.name.rsplit(".", 1)[-1].strip("_")
+        stem = function.module.rsplit("/", 1)[-1].removesuffix(".py").strip("_")
+        test = f"tests/test_{stem}.py::test_{short}"
+        prompt = render.prompt(
+            f"Tests fail because of a bug in `{function.name}` in `{function.module}`.\n"
+            f"Failing: {test}\nFix the source; do not change the tests."
+        )
+        view = ToolCall("view", {"path": function.module, "symbol": function.name})
+        code = "\n".join(f"{n} {text}" for n, text in enumerate(shown, function.line))
+        failure = self._failure(function, shown, bug_line, test)
+        ids: list[int] = []
+        weight: list[float] = []
+
+        def add(new: list[int], share: float) -> None:
+            ids.extend(new)
+            weight.extend(float(self._random.random() < share) for _ in new)
+
+        add(prompt, 0.0)
+        add(render.reply([RUN, view]), 1.0)
+        add(render.observation([failure, code]), CODE_SHARE)
+        tries = [([call], 0.0) for call in wrong] + [(calls, 1.0)]
+        for i, (edits, w) in enumerate(tries):
+            if i:
+                edits = [ToolCall(c.name, {**c.arguments, "undo": True}) for c in edits]
+            add(render.reply([*edits, RUN]), w)
+            passed = i == len(tries) - 1
+            outcome = "all 2 tests pass" if passed else "still failing, same errors"
+            add(render.observation(["edited"] * len(edits) + [outcome]), 0.0)
+        add(render.reply([SUBMIT]), 1.0)
+        return Example(ids, weight)
+
+    def _failure(self, function: Function, shown: list[str], bug_line: int, test: str) -> str:
+        """Test output of the right form; half the time with a traceback at or after the bug."""
+        lines = ["1 of 2 tests fail", test]
+        if self._random.random() < 0.5:
+            at = self._random.choice((bug_line, self._random.randint(bug_line, len(shown))))
+            number, name = function.line + at - 1, function.name.rsplit(".", 1)[-1]
+            lines.append(f"{function.module}:{number} {name}: {shown[at - 1].strip()}")
+            lines.append(self._random.choice(("TypeError", "ValueError", "KeyError", "IndexError")))
+        else:
+            lines.append("AssertionError")
+        return "\n".join(lines)
+
+
+def corpus_texts(pool: Iterable[Function]) -> Iterator[str]:
+    """The texts a tokenizer is trained on: numbered code and tool calls, as the model sees them."""
+    for function in pool:
+        yield "\n".join(f"{n} {text}" for n, text in enumerate(function.lines, function.line))
+        yield f'{{"name": "view", "arguments": {{"path": "{function.module}", '
+        yield f'"symbol": "{function.name}"}}}}'

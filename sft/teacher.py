@@ -1,0 +1,95 @@
+"""An offline teacher: a generate-and-validate repairer that needs no model and no gold patch.
+
+It works through the agent's own tools and reads only what they return. It runs the tests, views the
+suspect function, and then tries one candidate edit after another, running the tests after each,
+until they pass or the episode's turns are over. Candidates are single mutations of the code on
+view, in the tradition of template-based repair (Debroy & Wong, "Using Mutation to Automatically
+Suggest Fixes for Faulty Programs", ICST 2010).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from configs.errors import InputError
+from sandbox.agent_tools import ToolCall
+from sandbox.mutate import Edit, minimal, mutations
+
+# A line named by the traceback is this much likelier to be tried before another one.
+TRACEBACK_BOOST = 4.0
+
+_SUSPECT = re.compile(r"`(?P<function>[\w.]+)` in `(?P<module>[^`]+)`")
+_NUMBERED = re.compile(r"(\d+) ?(.*)")
+RUN = ToolCall("run_tests", {})
+SUBMIT = ToolCall("submit", {})
+
+
+class SearchTeacher:
+    """One episode of the teacher. `act` maps the newest texts to the next calls.
+
+    Candidates are drawn without replacement, uniformly over kinds of mutation and then over the
+    candidates of a kind, lines named by the traceback first more often. The seed decides the order.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._module = self._function = ""
+        self._candidates: list[ToolCall] | None = None
+        self._tried = 0
+
+    def act(self, texts: Sequence[str]) -> list[ToolCall]:
+        """The next calls, given the instruction (first) or the observations of the last calls."""
+        if not self._module:
+            suspect = _SUSPECT.search(texts[0])
+            if suspect is None:
+                return [SUBMIT]
+            self._module, self._function = suspect["module"], suspect["function"]
+            return [RUN, self._call("view", symbol=self._function)]
+        if self._candidates is None:
+            self._candidates = self._rank(failure=texts[0], view=texts[1])
+        elif texts[-1].startswith("all "):
+            return [SUBMIT]
+        if self._tried == len(self._candidates):
+            return [SUBMIT]
+        self._tried += 1
+        return [self._candidates[self._tried - 1], RUN]
+
+    def _call(self, name: str, **arguments: object) -> ToolCall:
+        return ToolCall(name, {"path": self._module, **arguments})
+
+    def _rank(self, failure: str, view: str) -> list[ToolCall]:
+        """Every candidate edit of the function on view, in the order they will be tried."""
+        numbers, lines = [], []
+        for numbered in view.splitlines():
+            if match := _NUMBERED.fullmatch(numbered):
+                numbers.append(int(match[1]))
+                lines.append(match[2])
+        source = textwrap.dedent("\n".join(lines)) + "\n"
+        try:
+            edits = [e for e in mutations(source) if e.line == e.end_line]
+        except InputError:  # the view was cut: nothing to work on
+            return []
+        frames = re.escape(self._module) + r":(\d+) "
+        hot = {int(n) for n in re.findall(frames, failure)}
+        kinds = Counter(edit.operator for edit in edits)
+
+        def key(edit: Edit) -> float:
+            weight = 1.0 / kinds[edit.operator]
+            if numbers[edit.line - 1] in hot:
+                weight *= TRACEBACK_BOOST
+            # exponential race (Efraimidis & Spirakis 2006): sorted keys are a weighted shuffle
+            return -math.log(1.0 - self._random.random()) / weight
+
+        calls: dict[tuple[int, str, str], ToolCall] = {}
+        for edit in sorted(edits, key=key):
+            old, new = minimal(edit.old.rstrip("\n"), edit.new.rstrip("\n"))
+            line = numbers[edit.line - 1]
+            again = {"undo": True} if calls else {}
+            call = self._call("edit", line=line, old=old, new=new, **again)
+            calls.setdefault((line, old, new), call)
+        return list(calls.values())

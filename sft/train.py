@@ -1,0 +1,102 @@
+"""Supervised fine-tuning on verified trajectories: next-token loss on what the teacher wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from configs.errors import InputError
+from model.checkpoint import Checkpoints
+from model.config import Qwen3Config
+from model.qwen3 import Params
+from sft.learner import Learner, OptimizerConfig, TrainState, nll
+from sft.metrics import Metrics
+from sft.packing import Example, microbatches, pack
+from sft.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Attributes:
+    epochs: passes over the trajectories.
+    batch_rows, microbatch_rows: packed rows per update, and per gradient computation.
+    row_tokens, row_targets: shape of a row; a trajectory must fit in one.
+    checkpoint_every: updates between checkpoints.
+    """
+
+    epochs: int = 3
+    batch_rows: int = 16
+    microbatch_rows: int = 8
+    row_tokens: int = 1024
+    row_targets: int = 512
+    checkpoint_every: int = 20
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def examples(trajectories: Sequence[Trajectory]) -> list[Example]:
+    """Every token of a verified trajectory, with loss on the policy's own tokens only."""
+    return [Example(t.ids, [float(a) for a in t.author]) for t in trajectories if t.success]
+
+
+def train_sft(
+    config: SFTConfig,
+    model: Qwen3Config,
+    params: Params,
+    data: Sequence[Example],
+    run: Path,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+    on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
+) -> Params:
+    """Train from `params` on `data`, in the run folder `run`; resumes where it was cut off.
+
+    The order of rows depends on `seed` and the epoch alone, so a resumed run sees the same batches
+    and ends in the same bits. `on_step` gets (updates done, updates in all, metrics).
+
+    Raises:
+      InputError: no examples, or one that does not fit a row.
+    """
+    if not data:
+        raise InputError(
+            "SFT has no verified trajectory to train on: let the teacher try more tasks"
+        )
+    rows = pack(data, config.row_tokens, config.row_targets)
+    order = _order(len(rows.tokens), config, seed)
+    learner = Learner(model, config.optimizer.build(len(order)), nll, mesh)
+    metrics = Metrics(run)
+    checkpoints = Checkpoints(run / "checkpoints" / "sft")
+    state = learner.init(params)
+    restored = checkpoints.restore_latest(state._asdict())
+    if restored is not None:
+        state = learner.place(TrainState(**restored))
+    start = int(state.step)
+    metrics.rewind("sft", start)
+    for step in range(start, len(order)):
+        began = time.monotonic()
+        batch = rows[np.sort(order[step])]
+        state, values = learner.step(state, microbatches(batch, config.microbatch_rows))
+        tokens = float((batch.segments > 0).sum())
+        values = {f"sft/{name}": value for name, value in values.items()}
+        values |= {"sft/tokens": tokens, "time/tokens_per_s": tokens / (time.monotonic() - began)}
+        metrics.write("sft", step + 1, values)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(order):
+            checkpoints.save(step + 1, state._asdict())
+        on_step(step + 1, len(order), values)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state.params)
+
+
+def _order(rows: int, config: SFTConfig, seed: int) -> list[np.ndarray]:
+    """For each update, the indices of its rows: a new permutation each epoch."""
+    batches = []
+    for epoch in range(config.epochs):
+        shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
+        batches += [shuffled[i : i + config.batch_rows] for i in range(0, rows, config.batch_rows)]
+    return batches

@@ -1,0 +1,101 @@
+"""The record of one episode, and the file it is kept in (JSON lines)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.files import read_jsonl, write_atomic
+
+POLICY, ENVIRONMENT = 1, 0
+
+
+@dataclass
+class Turn:
+    """One policy turn and what came back. Text is a view; the ids are the truth."""
+
+    text: str
+    calls: list[dict[str, Any]]
+    observations: list[str]
+
+
+@dataclass
+class Trajectory:
+    """One episode, token by token.
+
+    Attributes:
+      ids: every token of the episode, prompt first.
+      author: for each id, `POLICY` (sampled, trained on) or `ENVIRONMENT`.
+      logprobs: for each id, its sampling log-probability in nats (0.0 where the environment wrote).
+      weight_version: version of the weights that sampled it; -1 for a policy without weights.
+      reward: 1.0 for a passing verdict, else 0.0 (plus shaping, where the run configures it).
+      stop: why the episode ended: "submit", "turns", "tokens".
+    """
+
+    task: str
+    package: str
+    operator: str
+    split: str
+    policy: str
+    seed: int
+    weight_version: int
+    prompt: str
+    ids: list[int] = field(default_factory=list)
+    author: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    patch: str = ""
+    verdict: dict[str, Any] = field(default_factory=dict)
+    reward: float = 0.0
+    stop: str = ""
+    seconds: float = 0.0
+
+    @property
+    def success(self) -> bool:
+        return self.verdict.get("verdict") == "pass"
+
+    @property
+    def tool_counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for turn in self.turns:
+            for call in turn.calls:
+                counts[call["name"]] = counts.get(call["name"], 0) + 1
+        return counts
+
+    def add(self, ids: list[int], author: int, logprobs: list[float] | None = None) -> None:
+        """Append tokens of one author."""
+        self.ids += ids
+        self.author += [author] * len(ids)
+        self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+
+
+def to_record(trajectory: Trajectory) -> dict[str, Any]:
+    """The JSON form, one line of a trajectory file."""
+    return {**asdict(trajectory), "tool_counts": trajectory.tool_counts}
+
+
+def save(path: Path, trajectories: Iterable[Trajectory]) -> None:
+    """Write a whole file of trajectories, atomically."""
+    write_atomic(path, "".join(json.dumps(to_record(t)) + "\n" for t in trajectories))
+
+
+def load(path: Path) -> list[Trajectory]:
+    """Read trajectories back; `InputError` names the file and line of a bad record."""
+    names = {f.name for f in fields(Trajectory)}
+    found = []
+    for number, record in enumerate(read_jsonl(path), 1):
+        try:
+            record = {key: value for key, value in record.items() if key in names}
+            record["turns"] = [Turn(**turn) for turn in record["turns"]]
+            trajectory = Trajectory(**record)
+            lengths = {len(trajectory.ids), len(trajectory.author), len(trajectory.logprobs)}
+            if len(lengths) != 1:
+                raise ValueError("ids, author and logprobs differ in length")
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}:{number}: not a trajectory: {error}") from None
+        found.append(trajectory)
+    return found

@@ -1,0 +1,85 @@
+"""`remend VERB …`: picks the verb's module and imports nothing else, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+
+from configs.errors import InputError
+
+# verb -> (module with `main(argv) -> int`, or module:function; one line of help)
+VERBS = {
+    "quickstart": ("tools.quickstart", "the whole loop, small: tasks, SFT, RL and the report"),
+    "tasks": ("tools.tasks", "make, verify, judge and count repair tasks"),
+    "sandbox": ("tools.sandbox", "what isolation this machine gives; run one command inside"),
+    "pretrain": ("tools.pretrain", "train the tokenizer and a tiny policy on package sources"),
+    "teach": ("tools.stages:teach", "collect the teacher's trajectories"),
+    "sft": ("tools.stages:sft", "train on the teacher's verified trajectories"),
+    "rl": ("tools.stages:rl", "train with GRPO against sandboxes"),
+    "eval": ("tools.stages:evaluate", "success of a policy on held-out tasks"),
+    "report": ("tools.report", "write a run folder's report.html"),
+}
+
+# top-level module -> what to install when it is missing
+INSTALLS = {
+    **dict.fromkeys(("jax", "flax", "optax", "orbax", "tokenizers", "safetensors"), "remend"),
+    **dict.fromkeys(("numpy", "yaml", "pydantic", "rich", "unearth", "pytest"), "remend"),
+    "docker": "remend[docker]",
+    "libtpu": "remend[tpu]",
+    "maxtext": "remend[tpu]",
+    "sglang": "remend[sglang]",
+    "tensorflow_datasets": "remend[datasets]",
+    "torch": "remend[parity]",
+    "transformers": "remend[parity]",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Exit code: 0 success, 1 the thing asked about is not so, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        return _run(argv[0], argv[1:])
+    if argv and not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see remend --help"
+        return _fail(f"unknown verb {argv[0]}: {hint}")
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="remend",
+        usage="remend VERB [options]",
+        description="Train agents that repair code.",
+        epilog=f"verbs:\n{verbs}\n\n`remend VERB --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    parser.print_help()
+    return 0 if argv else 2
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    """Import the verb's module and call it; what a person can mend becomes one line."""
+    try:
+        module, _, function = VERBS[verb][0].partition(":")
+        return getattr(importlib.import_module(module), function or "main")(argv)
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("remend: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in INSTALLS:
+            raise
+        return _fail(f"{package} is not installed: pip install '{INSTALLS[package]}'")
+
+
+def _fail(message: str) -> int:
+    print("remend: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""The stages of a run, each resumable, over one run folder: what the verbs call and nothing else.
+
+    teach -> sft -> rl, and evaluations of any policy in between
+
+A stage that is done has its result in the run folder and is not done again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from configs.errors import InputError
+from configs.files import write_atomic
+from configs.schema import dump
+from model.decode import Engine
+from model.hf import LoadedPolicy, load_hf, save_hf
+from model.qwen3 import Params
+from model.sharding import data_mesh
+from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
+from rl.inprocess import InProcessServer
+from rl.rollout import Episode, run_episodes, run_to_file
+from rl.snapshot import Snapshots
+from rl.train import RLConfig, episode_seed, train_rl
+from sandbox.agent_tools import TOOLS
+from sandbox.base import Limits
+from sandbox.local import LocalPool
+from sandbox.task import Task, load_tasks
+from sft.chat import Renderer
+from sft.train import SFTConfig, examples, train_sft
+from sft.trajectory import Trajectory
+from tools.progress import progress
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task."""
+
+    index: str = "shipped"
+    train: int = 0
+    heldout: int = 0
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """`slots`: sandboxes that run at one time. `backend`: auto, bwrap or plain."""
+
+    slots: int = 4
+    backend: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The in-process policy server. `slots`: episodes that hold a KV cache at one time."""
+
+    slots: int = 48
+    temperature: float = 1.0
+    prefill_chunk: int = 64
+    prefill_rows: int = 8
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """`tries`: the teacher's episodes per training task."""
+
+    tries: int = 2
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`tries`: episodes per held-out task, each with its own seed."""
+
+    tries: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: model × data × algorithm × environment.
+
+    policy: "shipped", or a Hugging Face folder with the weights and tokenizer to start from.
+    devices: devices that share each microbatch (data parallel).
+    """
+
+    policy: str = "shipped"
+    devices: int = 1
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    teach: TeachConfig = field(default_factory=TeachConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
+
+
+class Pipeline:
+    """A run folder and everything needed to work in it.
+
+    Heavy parts (JAX, the starting policy) are made when a stage first wants them. Use as an async
+    context manager: leaving it ends every sandbox.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
+        if config.devices > 1:  # the number of CPU devices is fixed when JAX starts
+            flag = f"--xla_force_host_platform_device_count={config.devices}"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        self.config, self.run, self.seed = config, run, seed
+        self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
+        self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
+        self._keep_config()
+        self.pool = LocalPool(
+            config.sandbox.slots, config.sandbox.limits, backend=config.sandbox.backend
+        )
+
+    async def __aenter__(self) -> Pipeline:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.pool.close()
+
+    @functools.cached_property
+    def start(self) -> LoadedPolicy:
+        """The policy that SFT starts from."""
+        name = self.config.policy
+        return load_hf(POLICIES / "tiny" if name == "shipped" else Path(name))
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        agent = self.config.agent
+        return Renderer(
+            self.start.tokenizer, TOOLS if agent.declare_tools else (), thinking=agent.thinking
+        )
+
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        return data_mesh(self.config.devices) if self.config.devices > 1 else None
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The decode engine; one for the whole run, since compiling it takes a while."""
+        server = self.config.server
+        return Engine(
+            self.start.params,
+            self.start.config,
+            slots=server.slots,
+            max_len=self.config.agent.max_tokens,
+            prefill_chunk=server.prefill_chunk,
+            prefill_rows=server.prefill_rows,
+        )
+
+    def served(self, name: str) -> InProcessServer:
+        """The engine as a policy called `name`; its weights are whatever was last published."""
+        end = self.start.tokenizer.id("<|im_end|>")
+        return InProcessServer(self.engine, name, (end,), self.config.server.temperature)
+
+    # stages
+
+    async def teach(self) -> list[Trajectory]:
+        """The teacher's episodes on the training tasks."""
+        tries = range(self.config.teach.tries)
+        episodes = [
+            Episode(task, episode_seed(self.seed, 1, i, j))
+            for i, task in enumerate(self.train_tasks)
+            for j in tries
+        ]
+        return await self._episodes("teacher", episodes, TeacherPolicy(self.renderer), "teacher")
+
+    def sft(self, trajectories: Sequence[Trajectory]) -> Params:
+        """Fine-tune the starting policy on the verified trajectories; its parameters."""
+        folder = self.run / "snapshots" / "sft"
+        if not folder.exists():
+            with progress("SFT") as report:
+                params = train_sft(
+                    self.config.sft,
+                    self.start.config,
+                    self.start.params,
+                    examples(trajectories),
+                    self.run,
+                    seed=self.seed,
+                    mesh=self.mesh,
+                    on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
+                )
+            save_hf(folder, params, self.start.config, self.start.tokenizer)
+        return self._load(folder)
+
+    async def rl(self, start: Params) -> Params:
+        """GRPO from the SFT policy; the final parameters."""
+        folder = self.run / "snapshots" / "rl"
+        if not folder.exists():
+            policy = self.served("rl")
+            snapshots = Snapshots(self.run / "snapshots", self.start.config, self.start.tokenizer)
+
+            async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
+                return await self._run(episodes, policy)
+
+            def publish(params: Params, version: int) -> None:
+                written = snapshots.write(params, version)
+                self.engine.set_params(load_hf(written).params, version)
+
+            with progress("RL") as report:
+                params = await train_rl(
+                    self.config.rl,
+                    self.start.config,
+                    start,
+                    self.train_tasks,
+                    self.run,
+                    seed=self.seed,
+                    rollout=rollout,
+                    publish=publish,
+                    mesh=self.mesh,
+                    on_step=lambda n, of, m: report(n, of, f"success {m['rl/success']:.2f}"),
+                )
+            save_hf(folder, params, self.start.config, self.start.tokenizer)
+        return self._load(folder)
+
+    async def evaluate(self, name: str, params: Params | None = None) -> list[Trajectory]:
+        """Episodes of a policy on the held-out tasks: "noop", "teacher", or a name for `params`."""
+        policy: Policy
+        if params is not None:
+            self.engine.set_params(params, 0)
+            policy = self.served(name)
+        else:
+            policy = {"noop": NoopPolicy, "teacher": TeacherPolicy}[name](self.renderer)
+        episodes = [
+            Episode(task, episode_seed(self.seed, 2, i, j))
+            for i, task in enumerate(self.heldout_tasks)
+            for j in range(1 if name == "noop" else self.config.eval.tries)
+        ]
+        return await self._episodes(f"eval-{name}", episodes, policy, f"evaluate {name}")
+
+    async def _episodes(
+        self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str
+    ) -> list[Trajectory]:
+        """Run episodes into `trajectories/STEM.jsonl`, with progress."""
+        solved: list[bool] = []
+        with progress(label) as report:
+
+            def on_done(trajectory: Trajectory) -> None:
+                solved.append(trajectory.success)
+                report(len(solved), len(episodes), f"success {sum(solved) / len(solved):.2f}")
+
+            return await run_to_file(
+                self.run / "trajectories" / f"{stem}.jsonl",
+                episodes,
+                policy,
+                self.pool,
+                self.renderer,
+                self.config.agent,
+                concurrency=self.config.server.slots,
+                on_done=on_done,
+            )
+
+    async def _run(self, episodes: Sequence[Episode], policy: Policy) -> list[Trajectory]:
+        return await run_episodes(
+            episodes,
+            policy,
+            self.pool,
+            self.renderer,
+            self.config.agent,
+            concurrency=self.config.server.slots,
+        )
+
+    def _load(self, folder: Path) -> Params:
+        return load_hf(folder).params
+
+    def _keep_config(self) -> None:
+        """Write `config.yaml`, or check that a resumed run has the same one."""
+        path, text = self.run / "config.yaml", f"# seed: {self.seed}\n{dump(self.config)}"
+        if not path.exists():
+            write_atomic(path, text)
+        elif path.read_text() != text:
+            raise InputError(
+                f"{self.run} holds a run with another config or seed: choose another --out, "
+                "or delete that folder"
+            )
+
+
+def _tasks(config: TaskConfig, split: str, limit: int) -> list[Task]:
+    tasks = load_tasks(config.index, split=split, limit=limit or None)
+    if not tasks:
+        raise InputError(f"no {split} tasks in {config.index}")
+    return tasks

@@ -1,0 +1,93 @@
+"""`remend pretrain CONFIG --out DIR`: a tokenizer and a tiny policy from package sources.
+
+Sources: the running Python's standard library and the training packages of the shipped index; no
+held-out package is ever read. DIR/policy is a Hugging Face folder, DIR/metrics.jsonl the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sysconfig
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.schema import load
+from tools.progress import progress
+
+# Not code that anyone repairs: tests, generated tables, and what is not part of every Python.
+_SKIP = ("test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip")
+
+
+def main(argv: list[str]) -> int:
+    """Train, or continue a training that was cut off."""
+    parser = argparse.ArgumentParser(prog="remend pretrain", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+
+    from model.hf import save_hf
+    from model.sharding import data_mesh, simulate_devices
+    from model.tokenizer import Tokenizer, train
+    from sft.chat import FRAGMENTS, Renderer
+    from sft.pretrain import PretrainConfig, pretrain
+    from sft.synthetic import corpus_texts
+
+    config = load(PretrainConfig, args.config, args.overrides)
+    if config.model.vocab_size != config.vocab_size:
+        raise InputError(f"{args.config}: vocab_size and model.vocab_size differ")
+    simulate_devices(config.devices)
+    functions = _functions()
+    saved = args.out / "tokenizer"
+    if not saved.exists():
+        drawn = random.Random(args.seed).sample(functions, config.tokenizer_functions)
+        train(corpus_texts(drawn), config.vocab_size, FRAGMENTS).save(saved)
+    tokenizer = Tokenizer.load(saved)
+    with progress("pre-training") as report:
+        params = pretrain(
+            config,
+            functions,
+            Renderer(tokenizer),
+            args.out,
+            seed=args.seed,
+            mesh=data_mesh(config.devices) if config.devices > 1 else None,
+            on_step=lambda n, of, m: report(n, of, f"loss {m['pretrain/loss']:.3f}"),
+        )
+    save_hf(args.out / "policy", params, config.model, tokenizer)
+    outcome = {"functions": len(functions), "policy": str(args.out / "policy")}
+    print(json.dumps(outcome) if args.json else f"policy: {outcome['policy']}")
+    return 0
+
+
+def _functions() -> list:
+    """Every usable function of the sources, in a fixed order."""
+    from sandbox.packages import fetch, load_packages
+    from sft.synthetic import Function, extract
+
+    library = Path(sysconfig.get_path("stdlib"))
+    files = {
+        str(path.relative_to(library)): path
+        for path in sorted(library.rglob("*.py"))
+        if not set(path.relative_to(library).parts) & set(_SKIP)
+    }
+    packages = [p for p in load_packages().values() if p.split == "train"]
+    fetch(packages)
+    for package in packages:
+        for source in package.source:
+            root = package.tree / source
+            found_here = sorted(root.rglob("*.py")) if root.is_dir() else [root]
+            files |= {str(path.relative_to(package.tree)): path for path in found_here}
+    found: list[Function] = []
+    with progress("reading sources") as report:
+        for done, (module, path) in enumerate(files.items(), 1):
+            try:
+                source = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            found += extract(module, source)
+            report(done, len(files), f"{len(found)} functions")
+    return found

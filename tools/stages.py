@@ -1,0 +1,78 @@
+"""`remend teach|sft|rl|eval CONFIG`: one stage of a run, after the stages it needs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.schema import load
+
+
+def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"remend {verb}", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; the same resumes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    for name, options in extra.items():
+        parser.add_argument(f"--{name}", **options)
+    return parser.parse_args(argv)
+
+
+def teach(argv: list[str]) -> int:
+    """Collect the teacher's trajectories."""
+    return _stage("teach", argv)
+
+
+def sft(argv: list[str]) -> int:
+    """Teach, then fine-tune."""
+    return _stage("sft", argv)
+
+
+def rl(argv: list[str]) -> int:
+    """Teach and fine-tune where not yet done, then reinforce."""
+    return _stage("rl", argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Success on the held-out tasks: of a stage of this run, or of a Hugging Face folder."""
+    return _stage("eval", argv, policy={"default": "rl", "help": "noop, teacher, sft, rl, or DIR"})
+
+
+def _stage(verb: str, argv: list[str], **extra: Any) -> int:
+    args = _parse(verb, argv, **extra)
+
+    from tools.pipeline import RunConfig
+
+    config = load(RunConfig, args.config, args.overrides)
+    outcome = asyncio.run(_run(verb, config, args))
+    print(json.dumps(outcome) if args.json else "\n".join(f"{k}: {v}" for k, v in outcome.items()))
+    return 0
+
+
+async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from model.hf import load_hf
+    from rl.evaluate import success
+    from tools.pipeline import Pipeline
+
+    async with Pipeline(config, args.out, args.seed) as pipeline:
+        if verb == "eval" and args.policy in ("noop", "teacher"):
+            return success(await pipeline.evaluate(args.policy))
+        if verb == "eval" and args.policy not in ("sft", "rl"):
+            folder = Path(args.policy)
+            return success(await pipeline.evaluate(folder.name, load_hf(folder).params))
+        taught = await pipeline.teach()
+        kept = sum(t.success for t in taught)
+        if verb == "teach":
+            return {"episodes": len(taught), "kept": kept, "success": kept / len(taught)}
+        params = pipeline.sft(taught)
+        stage = args.policy if verb == "eval" else verb
+        if stage == "rl":
+            params = await pipeline.rl(params)
+        if verb == "eval":
+            return success(await pipeline.evaluate(stage, params))
+        return {"run": str(args.out), "snapshot": str(args.out / "snapshots" / stage)}
