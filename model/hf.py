@@ -10,11 +10,13 @@ raw little-endian data (https://github.com/huggingface/safetensors#format).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +91,9 @@ def save_hf(
         hf = config.to_hf() | {"torch_dtype": _dtype_name(host["embed"].dtype)}
         if tokenizer is not None:
             tokenizer.save(aside)
-            hf["eos_token_id"] = tokenizer.im_end
-            ids = {"eos_token_id": [tokenizer.im_end, tokenizer.endoftext]}
-            ids |= {"pad_token_id": tokenizer.endoftext}
+            end, pad = tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
+            hf["eos_token_id"] = end
+            ids = {"eos_token_id": [end, pad], "pad_token_id": pad}
             (aside / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
         (aside / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         _write_safetensors(aside / WEIGHTS, dict(_to_hf_names(host, config)))
@@ -101,9 +103,23 @@ def save_hf(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load_hf(
-    folder: Path, *, param_dtype: str | None = None, **run: Any
-) -> tuple[Qwen3Config, Params]:
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """What a folder holds. ``tokenizer`` is read when first asked for."""
+
+    folder: Path
+    config: Qwen3Config
+    params: Params
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises InputError if the folder has none."""
+        from model.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.folder)
+
+
+def load_hf(folder: Path, *, param_dtype: str | None = None, **run: Any) -> LoadedPolicy:
     """Read config and parameters (jax arrays on the default device).
 
     Args:
@@ -145,7 +161,7 @@ def load_hf(
     if stored:
         raise InputError(f"{folder}: unexpected tensor {sorted(stored)[0]!r} for this config.json")
     cast = jnp.dtype(param_dtype) if param_dtype else None
-    return config, jax.tree.map(lambda a: jnp.asarray(a, cast), host)
+    return LoadedPolicy(folder, config, jax.tree.map(lambda a: jnp.asarray(a, cast), host))
 
 
 def check_manifest(folder: Path) -> dict[str, Any] | None:

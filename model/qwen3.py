@@ -15,7 +15,7 @@ optimizer, the checkpoints and the snapshots hold.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,24 +25,40 @@ from flax import nnx
 from model.attention import attend, attend_cached
 from model.config import Qwen3Config
 
-Params = dict[str, Any]  # {"embed": [V,D], "layers": {...: [L,...]}, "norm": [D], "lm_head"?: [D,V]}
+Params = dict[
+    str, Any
+]  # {"embed": [V,D], "layers": {...: [L,...]}, "norm": [D], "lm_head"?: [D,V]}
 
 
 class KVCache(NamedTuple):
-    """Keys and values by layer, each [B, K, S, hd]; entry s holds the token at position s."""
+    """Keys and values by layer and block of positions, R rows.
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    Entry s of block i holds the token at position ``i * block + s``. Keys are stored transposed:
+    the product with one query per row then reads them in order. Blocks are arrays of their own so
+    that attention can skip the ones nobody has reached without copying the others.
+    """
+
+    k: tuple[tuple[jax.Array, ...], ...]  # [layer][block] of [R, K, hd, block]
+    v: tuple[tuple[jax.Array, ...], ...]  # [layer][block] of [R, K, block, hd]
+
+    @property
+    def length(self) -> int:
+        """Positions a row can hold."""
+        return len(self.v[0]) * self.v[0][0].shape[2]
 
 
-def empty_cache(config: Qwen3Config, rows: int, length: int) -> KVCache:
-    """A zeroed cache for ``rows`` rows of at most ``length`` tokens."""
-    shape = (rows, config.num_key_value_heads, length, config.head_dim)
-
-    def zeros() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_hidden_layers))
-
-    return KVCache(zeros(), zeros())
+def empty_cache(config: Qwen3Config, rows: int, length: int, block: int = 128) -> KVCache:
+    """A zeroed cache for ``rows`` rows of ``length`` tokens, rounded up to whole blocks."""
+    layers, blocks = range(config.num_hidden_layers), range(-(-length // block))
+    kv, hd = config.num_key_value_heads, config.head_dim
+    return KVCache(
+        k=tuple(
+            tuple(jnp.zeros((rows, kv, hd, block), config.dtype) for _ in blocks) for _ in layers
+        ),
+        v=tuple(
+            tuple(jnp.zeros((rows, kv, block, hd), config.dtype) for _ in blocks) for _ in layers
+        ),
+    )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -72,7 +88,6 @@ class Block(nnx.Module):
         self.config = config
         d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
         q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
-        deep = (2 * config.num_hidden_layers) ** -0.5  # the residual sum keeps its size with depth
         param = functools.partial(_param, config, rngs)
         self.attn_norm = param((d,), ("embed",))
         self.q = param((d, q), ("embed", "heads"), d**-0.5)
@@ -80,11 +95,11 @@ class Block(nnx.Module):
         self.v = param((d, kv), ("embed", "kv_heads"), d**-0.5)
         self.q_norm = param((hd,), ("head_dim",))
         self.k_norm = param((hd,), ("head_dim",))
-        self.o = param((q, d), ("heads", "embed"), q**-0.5 * deep)
+        self.o = param((q, d), ("heads", "embed"), 0.0)
         self.mlp_norm = param((d,), ("embed",))
         self.gate = param((d, f), ("embed", "mlp"), d**-0.5)
         self.up = param((d, f), ("embed", "mlp"), d**-0.5)
-        self.down = param((f, d), ("mlp", "embed"), f**-0.5 * deep)
+        self.down = param((f, d), ("mlp", "embed"), 0.0)
 
     def __call__(
         self,
@@ -94,25 +109,28 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; ``attention`` maps q [B,T,H,hd], k, v [B,T,K,hd] to [B,T,H*hd]."""
         c, (b, t, _) = self.config, x.shape
-        dot = functools.partial(_dot, dtype=jnp.dtype(c.dtype))
         h = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
-        q, k, v = (dot(h, w).reshape(b, t, -1, c.head_dim) for w in (self.q, self.k, self.v))
+        q, k, v = (dense(h, w[...]).reshape(b, t, -1, c.head_dim) for w in (self.q, self.k, self.v))
         q = rope(rms_norm(q, self.q_norm[...], c.rms_norm_eps), *rotation)
         k = rope(rms_norm(k, self.k_norm[...], c.rms_norm_eps), *rotation)
-        x = x + dot(attention(q, k, v), self.o)
+        x = x + dense(attention(q, k, v), self.o[...])
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-        return x + dot(jax.nn.silu(dot(h, self.gate)) * dot(h, self.up), self.down)
+        h = jax.nn.silu(dense(h, self.gate[...])) * dense(h, self.up[...])
+        return x + dense(h, self.down[...])
 
 
 class Qwen3(nnx.Module):
     """The network without its output projection, which ``model/logprobs.py`` applies in chunks."""
 
-    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs, stacked: bool = True) -> None:
         self.config = config
-        v, d = config.vocab_size, config.hidden_size
-        self.embed = _param(config, rngs, (v, d), ("vocab", "embed"), 0.02)
-        split = nnx.split_rngs(splits=config.num_hidden_layers)
-        self.layers = split(nnx.vmap(lambda r: Block(config, rngs=r)))(rngs)
+        v, d, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
+        self.embed = _param(config, rngs, (v, d), ("vocab", "embed"), d**-0.5)
+        if stacked:
+            split = nnx.split_rngs(splits=layers)
+            self.layers = split(nnx.vmap(lambda r: Block(config, rngs=r)))(rngs)
+        else:
+            self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(layers)])
         self.norm = _param(config, rngs, (d,), ("embed",))
         if not config.tie_word_embeddings:
             self.lm_head = _param(config, rngs, (d, v), ("embed", "vocab"), d**-0.5)
@@ -127,26 +145,34 @@ class Qwen3(nnx.Module):
         positions: jax.Array,
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
+        rows: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm.
 
         Args:
             tokens, positions: [B, T] int32. Positions count from 0 within each segment.
             segments: [B, T] int32 or None (one segment a row): packed episodes in training;
-                tokens attend within their own segment only. Ignored with a cache.
+                tokens attend within their own segment only. Not used with a cache.
             cache: with one, keys and values are written at ``positions`` and a token attends to
-                entries 0..position; a position >= S writes nothing (padding), its output is
-                meaningless.
+                entries 0..position; a position >= cache.length writes nothing (padding), and its
+                output is meaningless.
+            rows: [B] int32, the cache row of each row; None: row i of the cache is row i.
 
         Returns (hidden [B, T, D] in ``config.dtype``, the updated cache or None).
         """
         c = self.config
         x = self.embed[...][tokens].astype(c.dtype)
         rotation = rope_tables(positions, c.head_dim, c.rope_theta)
-        if cache is not None:
-            x, cache = self._cached_layers(x, positions, rotation, cache)
-            return rms_norm(x, self.norm[...], c.rms_norm_eps), cache
+        if cache is None:
+            x = self._layers(x, rotation, segments)
+        else:
+            x, cache = self._cached_layers(x, rotation, positions, cache, rows)
+        return rms_norm(x, self.norm[...], c.rms_norm_eps), cache
 
+    def _layers(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], segments: jax.Array | None
+    ) -> jax.Array:
+        c = self.config
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
@@ -155,37 +181,55 @@ class Qwen3(nnx.Module):
 
         layer = _remat(layer, c.remat)
         if c.scan_layers:
-            x, _ = jax.lax.scan(layer, x, stacked)
-        else:
-            for i in range(c.num_hidden_layers):
-                x, _ = layer(x, jax.tree.map(lambda a, i=i: a[i], stacked))
-        return rms_norm(x, self.norm[...], c.rms_norm_eps), None
+            return jax.lax.scan(layer, x, stacked)[0]
+        for i in range(c.num_hidden_layers):
+            x, _ = layer(x, jax.tree.map(lambda a, i=i: a[i], stacked))
+        return x
 
     def _cached_layers(
         self,
         x: jax.Array,
-        positions: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
         cache: KVCache,
+        rows: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
-        """All layers with a cache, unrolled: a scan would copy each layer's cache twice a token."""
+        """All layers, unrolled: a scan would copy every layer's cache twice per token."""
+        block = cache.v[0][0].shape[2]
+        used = jnp.max(jnp.where(positions < cache.length, positions, 0)) // block + 1
+        at = jnp.arange(x.shape[0]) if rows is None else rows
+        keys, values = [], []
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            for i in range(len(cache.k[0])):
+                inside = (positions >= i * block) & (positions < (i + 1) * block)
+                to = jnp.where(inside, positions - i * block, block)  # `block` is dropped
+                keys[-1][i] = keys[-1][i].at[at[:, None], :, :, to].set(k, mode="drop")
+                values[-1][i] = values[-1][i].at[at[:, None], :, to].set(v, mode="drop")
+            return attend_cached(q, keys[-1], values[-1], positions, used, rows)
+
+        for layer, k, v in zip(self._blocks(), cache.k, cache.v, strict=True):
+            keys.append(list(k))
+            values.append(list(v))
+            x = layer(x, rotation, attention)
+        return x, KVCache(tuple(map(tuple, keys)), tuple(map(tuple, values)))
+
+    def _blocks(self) -> Iterator[Block]:
+        """The layers one by one."""
+        if isinstance(self.layers, nnx.List):
+            yield from self.layers
+            return
         graph, stacked = nnx.split(self.layers)
-        rows = jnp.arange(x.shape[0])[:, None]
-        keys, values = list(cache.k), list(cache.v)
         for i in range(self.config.num_hidden_layers):
-
-            def attention(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
-                keys[i] = keys[i].at[rows, :, positions].set(k, mode="drop")
-                values[i] = values[i].at[rows, :, positions].set(v, mode="drop")
-                return attend_cached(q, keys[i], values[i], positions)
-
-            block = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked))
-            x = block(x, rotation, attention)
-        return x, KVCache(tuple(keys), tuple(values))
+            yield nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked))
 
 
 def init(config: Qwen3Config, seed: int | jax.Array = 0) -> Params:
-    """Fresh parameters; matrices N(0, 1/fan_in), those that write the residual scaled by depth."""
+    """Fresh parameters: matrices N(0, 1/fan_in), those that write the residual stream zero.
+
+    Every block then starts as the identity and the stream carries the token itself, which lets a
+    small model learn to copy early.
+    """
     return nnx.to_pure_dict(nnx.state(Qwen3(config, rngs=nnx.Rngs(seed)), nnx.Param))
 
 
@@ -205,17 +249,29 @@ def logical_axes(config: Qwen3Config) -> Params:
 
 
 def bind(config: Qwen3Config, params: Params) -> Qwen3:
-    """The module that holds these arrays; costs nothing, meant to be called inside jit."""
-    graph, state = _skeleton(config)
+    """The module that holds these arrays; costs nothing, meant to be called inside jit.
+
+    ``params["layers"]`` is stacked as from ``init``, or a tuple by layer as from ``unstack``.
+    """
+    graph, state = _skeleton(config, stacked=isinstance(params["layers"], dict))
     state = jax.tree.map(lambda leaf: leaf, state)  # a fresh container, the skeleton is shared
+    if not isinstance(params["layers"], dict):
+        params = params | {"layers": dict(enumerate(params["layers"]))}
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 
 
+def unstack(params: Params) -> Params:
+    """The same parameters with layers apart: decoding then copies no weights out of the stack."""
+    layers = params["layers"]
+    count = len(next(iter(layers.values())))
+    return params | {"layers": tuple({n: a[i] for n, a in layers.items()} for i in range(count))}
+
+
 @functools.lru_cache(maxsize=8)
-def _skeleton(config: Qwen3Config) -> tuple[Any, Any]:
+def _skeleton(config: Qwen3Config, stacked: bool = True) -> tuple[Any, Any]:
     """Graph definition and abstract state of a config's module."""
-    return nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), stacked=stacked)))
 
 
 def _param(
@@ -232,8 +288,32 @@ def _param(
     return nnx.Param(value.astype(config.param_dtype), axes=axes)
 
 
-def _dot(x: jax.Array, w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    return x @ w[...].astype(dtype)
+@jax.custom_vjp
+def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., D] times w [D, F] in x's dtype.
+
+    With a gradient of its own, because the one JAX derives computes dW transposed and XLA:CPU then
+    runs everything before it in a transposed layout, at half the speed. dW is summed in w's dtype.
+    """
+    return x @ w.astype(x.dtype)
+
+
+def _dense_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return dense(x, w), (x, w)
+
+
+def _dense_backward(
+    saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    d_w = jax.lax.dot_general(
+        rows, d_rows, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype
+    )
+    return d_out @ w.T.astype(x.dtype), d_w
+
+
+dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _remat(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:

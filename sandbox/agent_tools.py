@@ -227,7 +227,9 @@ def describe_failure(report: TestReport) -> str:
     if not bad:
         return f"no test ran\n{_clip(report.tail[-MAX_LINE_CHARS:])}"
     first = next((case for case in bad if case.error), bad[0])
-    lines = [f"{len(bad)} of {len(report.cases)} tests fail", first.id]
+    lines = [f"{len(bad)} of {len(report.cases)} tests fail"]
+    if not first.frames:
+        lines.append(first.id)
     for frame in first.frames[-MAX_FRAMES:]:
         lines.append(f"{frame.path}:{frame.line} {frame.function}: {_clip(frame.source_line)}")
     lines.append(_clip(_ADDRESS.sub("0x", first.error)) or first.outcome)

@@ -108,11 +108,12 @@ class Tree:
     """A state of a source tree: the files below `root`, with those of `overlay` put over them.
 
     `root` must not change while a pool uses it. `overlay` maps paths relative to `root` to whole
-    contents. `python_path` holds folders, relative to `root`, that tests find first on `sys.path`.
+    contents, or to None where no file shall be. `python_path` holds folders, relative to `root`,
+    that tests find first on `sys.path`.
     """
 
     root: Path
-    overlay: Mapping[str, bytes] = field(default_factory=dict)
+    overlay: Mapping[str, bytes | None] = field(default_factory=dict)
     python_path: tuple[str, ...] = (".",)
 
 
@@ -126,9 +127,7 @@ class Sandbox(Protocol):
         """Run a command in the tree's root; everything it started is gone when this returns."""
         ...
 
-    async def run_tests(
-        self, ids: Sequence[str], *, timeout_s: float | None = None
-    ) -> TestReport:
+    async def run_tests(self, ids: Sequence[str], *, timeout_s: float | None = None) -> TestReport:
         """Run these pytest ids (relative to the tree's root), in one process, in file order."""
         ...
 

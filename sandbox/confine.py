@@ -20,7 +20,7 @@ import sys
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 22, 24, 36
 # linux/sched.h
-CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x20000000, 1 << 27
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWIPC = 1 << 28, 1 << 30, 1 << 29, 1 << 27
 ANY_NEW_NAMESPACE = 0x7E020000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -39,12 +39,32 @@ def enter_namespaces(channel: int) -> bool:
     On success the caller continues in a forked child that is process 1 of its own process
     namespace; the original process closes `channel`, waits for it and ends as it ends.
     """
+    # in a child first: a step may be refused when the ones before it cannot be taken back
+    trial = os.fork()
+    if trial == 0:
+        try:
+            _unshare()
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(trial, 0)[1] != 0:
+        return False
+    _unshare()
+    child = os.fork()
+    if child:
+        os.close(channel)
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    return True
+
+
+def _unshare() -> None:
     uid, gid = os.geteuid(), os.getegid()
     flags = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
     if uid != 0:
         flags |= CLONE_NEWUSER
     if _libc.unshare(flags) != 0:
-        return False
+        raise OSError(ctypes.get_errno(), "unshare")
     if uid != 0:
         for name, text in (
             ("setgroups", "deny"),
@@ -54,12 +74,6 @@ def enter_namespaces(channel: int) -> bool:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     _loopback_up()
-    child = os.fork()
-    if child:
-        os.close(channel)
-        _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    return True
 
 
 def _loopback_up() -> None:
@@ -70,7 +84,7 @@ def _loopback_up() -> None:
         fcntl.ioctl(control, 0x8914, struct.pack("16sH22x", b"lo", flags))
 
 
-def drop_privileges(uid: int | None, gid: int | None) -> None:
+def drop_privileges(uid: int | None, gid: int | None, die_with_parent: bool) -> None:
     """Become `uid`/`gid` (None: stay) with no capabilities and no way to gain any."""
     if uid is not None and gid is not None:
         os.setgroups([])
@@ -86,7 +100,7 @@ def drop_privileges(uid: int | None, gid: int | None) -> None:
     if _libc.capset(header, nothing) != 0:
         raise OSError(ctypes.get_errno(), "capset")
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL if die_with_parent else 0)
 
 
 # syscall -> number on (x86_64, aarch64); include/uapi/asm-generic/unistd.h, syscall_64.tbl

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from configs.errors import InputError
 from sandbox.operators import OPERATORS, REVERSIBLE, Scope
@@ -45,7 +46,7 @@ def functions(source: str) -> list[FunctionSpan]:
 
     Raises InputError when the source does not parse.
     """
-    return [span for span, _ in Code(source).functions()]
+    return [span for span, _ in _parsed(source).functions()]
 
 
 def mutations(source: str, function: str | None = None) -> list[Edit]:
@@ -56,7 +57,7 @@ def mutations(source: str, function: str | None = None) -> list[Edit]:
 
     Raises InputError when the source does not parse or has no such function.
     """
-    code = Code(source)
+    code = _parsed(source)
     outermost: list[tuple[FunctionSpan, FunctionNode]] = []
     for span, node in code.functions():
         wanted = function is None or span.name == function
@@ -115,6 +116,12 @@ def minimal(old_line: str, new_line: str) -> tuple[str, str]:
                 if best is None or rank < best[0]:
                     best = (rank, before, after)
     return (best[1], best[2]) if best else (old_line, new_line)
+
+
+@lru_cache(maxsize=4)
+def _parsed(source: str) -> Code:
+    """Callers ask again and again about functions of one module."""
+    return Code(source)
 
 
 def _words(line: str) -> list[str]:

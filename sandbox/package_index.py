@@ -16,13 +16,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError
 
 if TYPE_CHECKING:
     from unearth import Link
-    from unearth.fetchers.sync import PyPIClient
 
 MAX_ARCHIVE_BYTES = 64 << 20
 _ATTEMPTS = 3
@@ -92,7 +91,8 @@ class PackageIndex:
             verify = ssl.create_default_context(
                 cafile=None if folder else settings.cert, capath=settings.cert if folder else None
             )
-        self.client: PyPIClient = PyPIClient(
+        # typed loosely: it fits unearth's own Fetcher protocol only in spirit
+        self.client: Any = PyPIClient(
             trusted_hosts=settings.trusted_hosts,
             verify=verify,
             timeout=settings.timeout_s,
@@ -136,16 +136,18 @@ class PackageIndex:
         from unearth import PackageFinder
 
         wanted = f"{name} {version}"
-        sources = [{"index_urls": [url]} for url in self.settings.index_urls]
-        sources += [{"find_links": [url]} for url in self.settings.find_links]
+        sources: list[tuple[tuple[str, ...], tuple[str, ...]]]
+        sources = [((url,), ()) for url in self.settings.index_urls]
+        sources += [((), (url,)) for url in self.settings.find_links]
         if not sources:
             raise InputError(f"{wanted} is not cached, and pip is set up with no index at all")
         failures: list[str] = []
         other_versions: set[str] = set()
-        for source in sources:
+        for index_urls, find_links in sources:
             finder = PackageFinder(
                 self.client,
-                **source,
+                index_urls=index_urls,
+                find_links=find_links,
                 trusted_hosts=self.settings.trusted_hosts,
                 ignore_compatibility=True,
                 no_binary=[":all:"],

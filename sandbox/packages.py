@@ -6,6 +6,8 @@ licences, folders); the code itself comes from the package index, by hash.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import tomllib
 from collections.abc import Callable, Iterable
@@ -13,9 +15,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from configs.errors import InputError
+from configs.files import write_atomic
 from configs.paths import cache_dir
+from sandbox.base import SandboxBroken
+from sandbox.local import LocalPool, prebuild
 from sandbox.package_index import PackageIndex, pip_settings
 from sandbox.unpack import unpack_sdist
 
@@ -23,23 +29,12 @@ INDEX = Path(__file__).parent / "index"
 
 
 @dataclass(frozen=True)
-class Package:
-    """One pinned source release.
-
-    `source` and `tests` are folders or files relative to the unpacked tree, `python_path` what is
-    put before `sys.path` to run its tests from source. `skip` holds pytest ids or id prefixes that
-    are left out (they need the network, a clock, …).
-    """
+class Release:
+    """One source archive, named exactly."""
 
     name: str
     version: str
     sha256: str
-    licence: str
-    split: str
-    source: tuple[str, ...]
-    tests: tuple[str, ...]
-    python_path: tuple[str, ...]
-    skip: tuple[str, ...] = ()
 
     @property
     def archive(self) -> Path:
@@ -50,6 +45,42 @@ class Package:
     def tree(self) -> Path:
         """Where the pristine unpacked tree lies."""
         return cache_dir() / "trees" / f"{self.name}-{self.version}-{self.sha256[:8]}"
+
+    def finish(self, root: Path) -> None:
+        """What is done once to a fresh tree: nothing, for a release of which no more is known."""
+
+
+@dataclass(frozen=True)
+class Package(Release):
+    """A release that tasks are made from.
+
+    `source` and `tests` are folders or files relative to the unpacked tree, `python_path` what is
+    put before `sys.path` to run its tests from source. `skip` holds test files that are left out
+    (they need packages that are not there).
+    """
+
+    licence: str
+    split: str
+    source: tuple[str, ...]
+    tests: tuple[str, ...]
+    python_path: tuple[str, ...]
+    skip: tuple[str, ...] = ()
+
+    def finish(self, root: Path) -> None:
+        """Compile its modules and its tests, in a sandbox: every later test run is faster."""
+        tests: list[str] = []
+        for entry in self.tests:
+            found = sorted((root / entry).rglob("test_*.py")) or [root / entry]
+            tests += [path.relative_to(root).as_posix() for path in found]
+
+        async def compile_all() -> None:
+            async with LocalPool(1) as pool:
+                with contextlib.suppress(SandboxBroken):  # then they are only slower
+                    await prebuild(root, self.python_path, tests, pool)
+
+        # the caller may have an event loop of its own
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(asyncio.run, compile_all()).result()
 
 
 @cache
@@ -67,37 +98,39 @@ def load_packages(path: Path = INDEX / "packages.toml") -> dict[str, Package]:
         if missing or set(row) - known:
             wrong = sorted(missing or set(row) - known)
             raise InputError(f"{path}: package {name}: missing or unknown keys {wrong}")
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in row.items()
+        }
         packages[name] = Package(name=name, **values)
     return packages
 
 
 def fetch(
-    packages: Iterable[Package], done: Callable[[Package], None] = lambda package: None
+    releases: Iterable[Release], done: Callable[[Release], None] = lambda release: None
 ) -> None:
-    """Have every package's pristine tree in the cache; what is there already needs no network.
+    """Have every release's pristine tree in the cache; what is there already needs no network.
 
-    Downloads run side by side. `done` is called once for each package. Raises InputError for the
-    first package that cannot be had.
+    Downloads run side by side. `done` is called once for each release. Raises InputError for the
+    first one that cannot be had.
     """
-    wanted = list(dict.fromkeys(packages))
-    missing = [package for package in wanted if not package.tree.is_dir()]
-    for package in wanted:
-        if package not in missing:
-            done(package)
+    wanted = list(dict.fromkeys(releases))
+    missing = [release for release in wanted if not release.tree.is_dir()]
+    for release in wanted:
+        if release not in missing:
+            done(release)
     if not missing:
         return
-    absent = [package for package in missing if not _cached(package)]
+    absent = [release for release in missing if not _cached(release)]
     index = PackageIndex(pip_settings()) if absent else None
 
-    def work(package: Package) -> Package:
-        if index is not None and package in absent:
-            index.download(package.name, package.version, package.sha256, package.archive)
-        unpack_sdist(package.archive, package.tree)
-        return package
+    def work(release: Release) -> Release:
+        if index is not None and release in absent:
+            index.download(release.name, release.version, release.sha256, release.archive)
+        unpack_sdist(release.archive, release.tree, release.finish)
+        return release
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        jobs = [pool.submit(work, package) for package in missing]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        jobs = [pool.submit(work, release) for release in missing]
         try:
             for job in as_completed(jobs):
                 done(job.result())
@@ -106,11 +139,30 @@ def fetch(
             raise
 
 
-def _cached(package: Package) -> bool:
+def adopt(release: Release, archive: Path) -> None:
+    """Use a local copy of the sdist, so that no index is asked for it.
+
+    Raises InputError when the copy is not the pinned file.
+    """
+    if release.tree.is_dir():
+        return
+    if not _cached(release):
+        data = archive.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != release.sha256:
+            raise InputError(
+                f"{archive}: sha256 is {digest}, but {release.sha256} is pinned for "
+                f"{release.name} {release.version}"
+            )
+        write_atomic(release.archive, data)
+    unpack_sdist(release.archive, release.tree, release.finish)
+
+
+def _cached(release: Release) -> bool:
     """Is the right sdist there? One with another hash is removed: it must not be used."""
-    if not package.archive.is_file():
+    if not release.archive.is_file():
         return False
-    if hashlib.sha256(package.archive.read_bytes()).hexdigest() == package.sha256:
+    if hashlib.sha256(release.archive.read_bytes()).hexdigest() == release.sha256:
         return True
-    package.archive.unlink()
+    release.archive.unlink()
     return False

@@ -29,6 +29,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # isolated mode leaves it out
+
+import confine  # noqa: E402
+
 TICK_S = 0.1  # how often memory and processes are looked at
 MAX_REPORT_BYTES = 8 << 20
 MAX_TEST_OUTPUT = 1 << 20
@@ -133,8 +137,11 @@ def disk_used(folder: str) -> int:
 class Runner:
     """Serves one harness over a connected socket."""
 
-    def __init__(self, channel: int, setup: Mapping[str, Any]) -> None:
+    def __init__(
+        self, channel: int, setup: Mapping[str, Any], facts: Mapping[str, Any], shares_user: bool
+    ) -> None:
         self._channel = channel
+        self._facts = facts
         self._workspace: str = setup["workspace"]
         self._temporary: list[str] = setup["temporary"]
         self._environment: dict[str, str] = setup["environment"]
@@ -144,10 +151,13 @@ class Runner:
         self._processes: int = limits["processes"]
         self._output: int = limits["output_bytes"]
         # without a process namespace the user's other processes count against RLIMIT_NPROC
-        self._shares_user: bool = setup["shares_user"]
+        self._shares_user = shares_user
 
     def serve(self) -> None:
-        """Answer requests until there are no more."""
+        """Answer requests until there are no more. Also raises, in a child that is to run tests."""
+        settle()
+        self._wipe()
+        send(self._channel, self._facts)
         while (request := receive(self._channel)) is not None:
             ahead: list[str] = []
             if request["op"] == "wipe":
@@ -174,8 +184,8 @@ class Runner:
                 signal.signal(ignored, signal.SIG_DFL)
             try:
                 os.execvpe(argv[0], argv, self._variables(request["python_path"]))
-            except OSError as error:
-                os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+            except (OSError, UnicodeError) as error:
+                os.write(2, f"{error}\n".encode(errors="replace"))
                 os._exit(127 if isinstance(error, FileNotFoundError) else 126)
 
         def overflows() -> bool:
@@ -196,23 +206,13 @@ class Runner:
         import testrun
 
         report, output = Pipe(MAX_REPORT_BYTES), Pipe(TAIL_BYTES, tail=True)
-        known = set(sys.modules)
 
         def child() -> NoReturn:
             adopt(os.open(os.devnull, os.O_RDONLY), output.child_fd, output.child_fd)
             os.environ.update(self._variables(request["python_path"]))
-            paths = [os.path.normpath(f"{self._workspace}/{p}") for p in request["python_path"]]
-            sys.path[:0] = paths
+            sys.path[:0] = self._paths(request["python_path"])
             sys.argv[:] = ["pytest"]
-            if request["op"] == "prebuild":
-                code = testrun.prebuild(request["ids"])
-            else:
-                code = testrun.run(request["ids"], report.child_fd)
-            new = [name for name in list(sys.modules) if name not in known and is_standard(name)]
-            os.write(report.child_fd, json.dumps({"ahead": new[:200]}).encode() + b"\n")
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            raise testrun.Begin(request["ids"], report.child_fd, request["op"] == "prebuild")
 
         def overflows() -> bool:
             return report.seen > MAX_REPORT_BYTES or output.seen > MAX_TEST_OUTPUT
@@ -227,9 +227,11 @@ class Runner:
         return {**end, "lines": lines, "tail": output.text()}, ahead
 
     def _variables(self, python_path: Sequence[str]) -> dict[str, str]:
-        paths = [os.path.normpath(f"{self._workspace}/{path}") for path in python_path]
-        library = self._environment["PYTHONPATH"]
-        return {**self._environment, "PYTHONPATH": os.pathsep.join([*paths, library])}
+        paths = [*self._paths(python_path), self._environment["PYTHONPATH"]]
+        return {**self._environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+    def _paths(self, python_path: Sequence[str]) -> list[str]:
+        return [os.path.normpath(f"{self._workspace}/{path}") for path in python_path]
 
     def _import_ahead(self, names: Sequence[str]) -> None:
         """Import standard modules that the last tests wanted, so that the next ones find them."""
@@ -250,6 +252,7 @@ class Runner:
                         shutil.rmtree(entry.path)
                     else:
                         os.unlink(entry.path)
+        os.makedirs(self._environment["HOME"], exist_ok=True)
 
     # -- supervision
 
@@ -267,13 +270,8 @@ class Runner:
         processes_limit = self._processes_limit()
         pid = os.fork()
         if pid == 0:
-            try:
-                self._enter_child(wall_s, processes_limit)
-                child()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(70)  # EX_SOFTWARE: never return into the supervisor's code
+            self._enter_child(wall_s, processes_limit)
+            child()
         for pipe in pipes:
             os.close(pipe.child_fd)
         ended = os.pidfd_open(pid)
@@ -288,8 +286,9 @@ class Runner:
             for fd, _ in poll.poll(max(0.0, min(tick, deadline) - time.monotonic()) * 1000):
                 if fd == ended:
                     running = False
-                elif fd == self._channel:
-                    os._exit(0)  # the harness has gone
+                elif fd == self._channel:  # the harness has gone
+                    kill_all()
+                    os._exit(0)
                 elif not readers[fd].read():
                     poll.unregister(fd)
             now = time.monotonic()
@@ -301,8 +300,7 @@ class Runner:
                 killed_by = self._over_limit(disk_before)
                 tick = time.monotonic() + TICK_S
         os.close(ended)
-        kill_all()
-        status, peak = reap(pid)
+        status, peak = clear(pid, running)
         for pipe in pipes:
             while pipe.read() and not overflows():
                 pass
@@ -390,17 +388,39 @@ def signal_one(pid: int, number: signal.Signals) -> None:
         pass
 
 
-def reap(pid: int) -> tuple[int, int]:
-    """Wait for all children: the status of `pid`, and the largest memory of any one, in bytes."""
+def clear(pid: int, running: bool) -> tuple[int, int]:
+    """Kill whatever there is, the child `pid` too if it is still `running`, and wait for it all.
+
+    Returns the wait status of `pid`, and the largest memory of any child, in bytes.
+    """
     status, peak = 0, 0
+    if not running:
+        _, status, usage = os.wait4(pid, 0)
+        peak = usage.ru_maxrss << 10
+        if not has_children():
+            return status, peak  # it left nothing behind, as most do
+    kill_all()
     while True:
         try:
-            ended, ended_status, usage = os.wait4(-1, 0)
+            ended, ended_status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return status, peak
-        peak = max(peak, usage.ru_maxrss << 10)
-        if ended == pid:
-            status = ended_status
+        if ended:
+            peak = max(peak, usage.ru_maxrss << 10)
+            if ended == pid:
+                status = ended_status
+        else:
+            # the list of processes is no snapshot: one may have slipped from parent to parent
+            time.sleep(0.002)
+            kill_all()
+
+
+def has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def adopt(*fds: int) -> None:
@@ -468,26 +488,27 @@ def main() -> None:
     if setup["enter_namespaces"]:
         facts["namespaces"] = confine.enter_namespaces(channel)
     confine.first_to_be_killed()
-    confine.drop_privileges(setup["uid"], setup["gid"])
     own_processes = os.getpid() == 1
+    # process 1 takes its whole namespace along; without one, `kill_all` needs us to outlive others
+    confine.drop_privileges(setup["uid"], setup["gid"], die_with_parent=own_processes)
     program = confine.filter_program(
         guard=None if own_processes else os.getpid(),
         network=setup["own_network"] or facts["namespaces"],
     )
     facts["filter"] = program is not None and confine.install_filter(program)
     facts["uid"] = os.getuid()
-    import testrun  # noqa: F401  (brings pytest)
+    import testrun
 
-    testrun.warm_up()
     confine.protect()
-    settle()
-    setup["shares_user"] = not own_processes and setup["uid"] is None
-    send(channel, facts)
-    Runner(channel, setup).serve()
+    shares_user = not own_processes and setup["uid"] is None
+    runner = Runner(channel, setup, facts, shares_user)
+    try:
+        testrun.serve_from_pytest(runner.serve, setup["workspace"], setup["library"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(70)  # EX_SOFTWARE; a child that failed must not go on as the runner
 
 
 if __name__ == "__main__":
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    import confine
-
     main()

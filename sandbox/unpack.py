@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import compileall
 import os
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from configs.errors import InputError
@@ -17,10 +17,12 @@ MAX_FILES = 20_000
 MTIME = 1_577_836_800
 
 
-def unpack_sdist(archive: Path, target: Path) -> None:
+def unpack_sdist(
+    archive: Path, target: Path, finish: Callable[[Path], None] = lambda root: None
+) -> None:
     """Unpack an sdist (`.tar.gz` with one top folder) as the folder `target`, top folder stripped.
 
-    The folder appears whole or not at all, and its Python files are compiled beside it. Raises
+    The folder appears whole or not at all; `finish` is called on it before it does. Raises
     InputError for an archive that is damaged, too large, or holds anything but plain files and
     folders below its top folder.
     """
@@ -35,7 +37,7 @@ def unpack_sdist(archive: Path, target: Path) -> None:
         for path in [aside, *aside.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
             os.utime(path, (MTIME, MTIME))
-        compileall.compile_dir(aside, quiet=2, workers=1)
+        finish(aside)
         try:
             os.rename(aside, target)
         except OSError:
@@ -49,7 +51,9 @@ def unpack_sdist(archive: Path, target: Path) -> None:
 def _extract(tar: tarfile.TarFile, folder: Path, name: str) -> None:
     members = tar.getmembers()
     if len(members) > MAX_FILES or sum(m.size for m in members) > MAX_TREE_BYTES:
-        raise InputError(f"{name}: unpacks to more than {MAX_FILES} files or {MAX_TREE_BYTES} bytes")
+        raise InputError(
+            f"{name}: unpacks to more than {MAX_FILES} files or {MAX_TREE_BYTES} bytes"
+        )
     tops = {member.name.split("/")[0] for member in members}
     if len(tops) != 1 or tops & {"", ".", ".."}:
         raise InputError(f"{name}: an sdist has one top folder, this has {sorted(tops)}")

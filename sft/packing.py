@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Example:
 
 
 class Rows(NamedTuple):
-    """Packed rows.
+    """Packed rows; NumPy arrays on the host, JAX arrays inside a compiled step.
 
     tokens, segments, positions: int32 [rows, length]; segment 0 is padding.
     source: int32 [rows, targets]; index in the row of the token *before* each target.
@@ -37,19 +37,19 @@ class Rows(NamedTuple):
     reference policy (0 where a run has none).
     """
 
-    tokens: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-    advantage: np.ndarray
-    old_logprob: np.ndarray
-    ref_logprob: np.ndarray
+    tokens: Any
+    segments: Any
+    positions: Any
+    source: Any
+    target: Any
+    weight: Any
+    advantage: Any
+    old_logprob: Any
+    ref_logprob: Any
 
-    def __getitem__(self, rows):  # type: ignore[override]
-        """Select rows of every array (a `slice` or index array)."""
-        return Rows(*(array[rows] for array in tuple(self)))
+    def select(self, rows: slice | np.ndarray) -> Rows:
+        """Some of the rows, of every array."""
+        return Rows(*(array[rows] for array in self))
 
 
 def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
@@ -100,7 +100,7 @@ def microbatches(rows: Rows, size: int) -> list[Rows]:
     short = -count % size if count else size
     padding = empty_rows(short, rows.tokens.shape[1], rows.target.shape[1])
     whole = Rows(*(np.concatenate(pair) for pair in zip(rows, padding, strict=True)))
-    return [whole[start : start + size] for start in range(0, count + short, size)]
+    return [whole.select(slice(start, start + size)) for start in range(0, count + short, size)]
 
 
 def _targets(example: Example) -> int:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
-from model.qwen3 import Params, init
+from model.copying import copying_init
+from model.qwen3 import Params
 from sft.chat import Renderer
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
@@ -54,7 +55,7 @@ def pretrain(
     learner = Learner(config.model, config.optimizer.build(config.steps), nll, mesh)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "pretrain")
-    state = learner.init(init(config.model, seed))
+    state = learner.init(copying_init(config.model, seed))
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))
@@ -64,7 +65,7 @@ def pretrain(
         began = time.monotonic()
         rows = pack(_batch(config, functions, renderer, seed, step), *_shape(config))
         full = np.argsort(-(rows.segments > 0).sum(axis=1), kind="stable")[: config.batch_rows]
-        batch = rows[np.sort(full)]
+        batch = rows.select(np.sort(full))
         state, values = learner.step(state, microbatches(batch, config.batch_rows))
         tokens = float((batch.segments > 0).sum())
         values = {f"pretrain/{name}": value for name, value in values.items()}

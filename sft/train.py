@@ -80,7 +80,7 @@ def train_sft(
     metrics.rewind("sft", start)
     for step in range(start, len(order)):
         began = time.monotonic()
-        batch = rows[np.sort(order[step])]
+        batch = rows.select(np.sort(order[step]))
         state, values = learner.step(state, microbatches(batch, config.microbatch_rows))
         tokens = float((batch.segments > 0).sum())
         values = {f"sft/{name}": value for name, value in values.items()}

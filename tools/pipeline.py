@@ -8,10 +8,10 @@ A stage that is done has its result in the run folder and is not done again.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jax.sharding import Mesh
 
@@ -21,7 +21,7 @@ from configs.schema import dump
 from model.decode import Engine
 from model.hf import LoadedPolicy, load_hf, save_hf
 from model.qwen3 import Params
-from model.sharding import data_mesh
+from model.sharding import data_mesh, simulate_devices
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
 from rl.rollout import Episode, run_episodes, run_to_file
@@ -30,6 +30,7 @@ from rl.train import RLConfig, episode_seed, train_rl
 from sandbox.agent_tools import TOOLS
 from sandbox.base import Limits
 from sandbox.local import LocalPool
+from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
 from sft.train import SFTConfig, examples, train_sft
@@ -48,10 +49,12 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """`slots`: sandboxes that run at one time. `backend`: auto, bwrap or plain."""
+    """`slots`: sandboxes that run at one time. `backend`: auto, bwrap or plain. `remember`: give
+    the report of an earlier test run when the very same tree is tested again."""
 
     slots: int = 4
-    backend: str = "auto"
+    remember: bool = True
+    backend: Literal["auto", "bwrap", "plain"] = "auto"
     limits: Limits = field(default_factory=Limits)
 
 
@@ -110,15 +113,16 @@ class Pipeline:
     """
 
     def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
-        if config.devices > 1:  # the number of CPU devices is fixed when JAX starts
-            flag = f"--xla_force_host_platform_device_count={config.devices}"
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        simulate_devices(config.devices)
         self.config, self.run, self.seed = config, run, seed
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
         self._keep_config()
         self.pool = LocalPool(
-            config.sandbox.slots, config.sandbox.limits, backend=config.sandbox.backend
+            config.sandbox.slots,
+            config.sandbox.limits,
+            backend=config.sandbox.backend,
+            memo=TestMemo() if config.sandbox.remember else None,
         )
 
     async def __aenter__(self) -> Pipeline:
@@ -224,12 +228,11 @@ class Pipeline:
 
     async def evaluate(self, name: str, params: Params | None = None) -> list[Trajectory]:
         """Episodes of a policy on the held-out tasks: "noop", "teacher", or a name for `params`."""
-        policy: Policy
         if params is not None:
             self.engine.set_params(params, 0)
-            policy = self.served(name)
+            policy: Policy = self.served(name)
         else:
-            policy = {"noop": NoopPolicy, "teacher": TeacherPolicy}[name](self.renderer)
+            policy = NoopPolicy(self.renderer) if name == "noop" else TeacherPolicy(self.renderer)
         episodes = [
             Episode(task, episode_seed(self.seed, 2, i, j))
             for i, task in enumerate(self.heldout_tasks)

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--json", action="store_true", help="print summary.json on stdout")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.seed < 0:
         raise InputError(f"--seed must not be negative, got {args.seed}")
     run = args.out or Path("runs") / f"quickstart-seed{args.seed}"

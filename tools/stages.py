@@ -20,7 +20,7 @@ def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for name, options in extra.items():
         parser.add_argument(f"--{name}", **options)
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def teach(argv: list[str]) -> int:

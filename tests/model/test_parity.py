@@ -71,7 +71,8 @@ def test_a_checkpoint_of_transformers_loads_bit_for_bit(tmp_path: Path, tied: bo
     hf = transformers.Qwen3Config(**replace(CONFIG, tie_word_embeddings=tied).to_hf())
     reference = transformers.Qwen3ForCausalLM(hf)
     reference.save_pretrained(tmp_path, max_shard_size="60KB")
-    config, params = load_hf(tmp_path)
+    loaded = load_hf(tmp_path)
+    config, params = loaded.config, loaded.params
     assert config == replace(CONFIG, tie_word_embeddings=tied)
     state = reference.state_dict()
     np.testing.assert_array_equal(params["embed"], state["model.embed_tokens.weight"].numpy())

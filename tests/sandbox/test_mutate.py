@@ -50,7 +50,7 @@ def test_every_mutation_compiles_stays_on_its_line_and_undoes(module: ModuleType
 
 
 def test_reversible_operators_meet_the_original_again() -> None:
-    for module in [bisect, textwrap, shlex]:
+    for module in [bisect, textwrap]:
         source = inspect.getsource(module)
         spans = functions(source)
         names = Counter(span.name for span in spans)
@@ -58,13 +58,13 @@ def test_reversible_operators_meet_the_original_again() -> None:
             if names[span.name] > 1 or "<locals>" in span.name:
                 continue
             reversible = [e for e in mutations(source, span.name) if e.operator in REVERSIBLE]
-            for edit in reversible[:: 1 + len(reversible) // 12]:
+            for edit in reversible[:: 1 + len(reversible) // 5]:
                 again = {(e.line, e.new) for e in mutations(apply(source, edit), span.name)}
                 assert (edit.line, edit.old) in again, edit
 
 
 def test_every_operator_occurs_in_the_standard_library() -> None:
-    modules = [*MODULES, statistics, configparser]
+    modules = [*MODULES, shlex, statistics, configparser]
     seen = Counter(e.operator for module in modules for e in mutations(inspect.getsource(module)))
     assert set(seen) == set(OPERATORS) and len(OPERATORS) >= 12
 

@@ -1,0 +1,358 @@
+"""A repair task: a Harbor task directory, and the same thing in memory.
+
+    NAME/
+      task.toml          Harbor's settings; our facts under [metadata.remend]
+      instruction.md     what the agent is told
+      environment/       Dockerfile, requirements.txt, the pinned sdist, bug.patch
+      tests/             test.sh, judge.py, tests.json, the sdist (for the pristine tests)
+      solution/          solve.sh, gold.patch
+
+The sdist is a hard link into the cache where the file system allows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cache, cached_property
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from configs.errors import InputError
+from configs.paths import cache_dir
+from sandbox.base import Tree
+from sandbox.packages import INDEX, Release, adopt, fetch, load_packages
+from sandbox.patch import apply_patch, make_patch
+
+SCHEMA_VERSION = "1.4"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_TEMPLATES = INDEX / "harbor"
+
+# `*` matches `/` too (fnmatch). Whatever decides which tests run, or how, is no place for a fix.
+ALWAYS_PROTECTED = (
+    *("tests/*", "*/tests/*", "test/*", "*/test/*"),
+    *("conftest.py", "*/conftest.py", "pytest.ini", "*/pytest.ini", ".pytest.ini"),
+    *("setup.cfg", "tox.ini", "pyproject.toml", "*.pth", "*.pyc", "*.pyd", "*.so"),
+    *("sitecustomize.py", "*/sitecustomize.py", "usercustomize.py", "*/usercustomize.py"),
+    *("__pycache__/*", "*/__pycache__/*", "*.egg-info/*", "*.dist-info/*", ".git/*"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One bug in one pinned release, with the tests that tell.
+
+    Attributes:
+      module: the file that holds the bug, relative to the tree.
+      function: qualified name of the function that holds it.
+      operator: the mutation operator that made it.
+      fail_to_pass: pytest ids, relative to the tree, that fail before and pass after the fix.
+      pass_to_pass: pytest ids that pass before and after.
+      python_path: folders, relative to the tree, that tests find first on `sys.path`.
+      bug_patch: unified diff from the pristine release to the buggy one.
+      protected: patterns (fnmatch, `*` matches `/`) of paths that a fix may not touch.
+    """
+
+    name: str
+    source: str
+    split: str
+    package: str
+    version: str
+    sdist_sha256: str
+    licence: str
+    module: str
+    function: str
+    operator: str
+    instruction: str
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    python_path: tuple[str, ...]
+    bug_patch: str
+    protected: tuple[str, ...]
+
+    @property
+    def release(self) -> Release:
+        """The pinned release that the bug was put into."""
+        release = Release(self.package, self.version, self.sdist_sha256)
+        known = load_packages().get(self.package)
+        same = known is not None and (known.version, known.sha256) == (
+            self.version,
+            self.sdist_sha256,
+        )
+        return known if known is not None and same else release
+
+    @cached_property
+    def _buggy(self) -> dict[str, bytes]:
+        changed = apply_patch(self._pristine, self.bug_patch)
+        return {path: data for path, data in changed.items() if data is not None}
+
+    def _pristine(self, path: str) -> bytes | None:
+        file = self.release.tree / path
+        return file.read_bytes() if file.is_file() else None
+
+    def files(self) -> dict[str, bytes]:
+        """The buggy files: what lies over the pristine tree.
+
+        Raises InputError when the bug does not fit the release.
+        """
+        return dict(self._buggy)
+
+    def tree(self) -> Tree:
+        """The buggy tree, ready to be leased; the release is fetched if it is not there."""
+        fetch([self.release])
+        return Tree(self.release.tree, self.files(), self.python_path)
+
+    @cached_property
+    def gold_patch(self) -> str:
+        """The way back: for the oracle control only, never for an agent or a teacher."""
+        buggy = self.files()
+        pristine = {path: self._pristine(path) for path in buggy}
+        return make_patch(buggy, {p: data for p, data in pristine.items() if data is not None})
+
+    def save(self, folder: Path) -> None:
+        """Write the task directory. Write it aside and rename when a half one would do harm."""
+        archive = self.release.archive.name
+        tests = {
+            "archive": archive,
+            "sha256": self.sdist_sha256,
+            "python_path": self.python_path,
+            "protected": self.protected,
+            "fail_to_pass": self.fail_to_pass,
+            "pass_to_pass": self.pass_to_pass,
+        }
+        path = ":".join(os.path.normpath(f"/app/{entry}") for entry in self.python_path)
+        dockerfile = Template(_template("Dockerfile")).substitute(archive=archive, python_path=path)
+        texts = {
+            "task.toml": self._toml(),
+            "instruction.md": self.instruction + "\n",
+            "environment/Dockerfile": dockerfile,
+            "environment/requirements.txt": _template("requirements.txt"),
+            "environment/bug.patch": self.bug_patch,
+            "tests/test.sh": _template("test.sh"),
+            "tests/judge.py": _template("judge.py"),
+            "tests/tests.json": json.dumps(tests, ensure_ascii=False, indent=1) + "\n",
+            "solution/solve.sh": _template("solve.sh"),
+            "solution/gold.patch": self.gold_patch,
+        }
+        for room in ("environment", "tests", "solution"):
+            (folder / room).mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            with open(folder / name, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+        for name in ("tests/test.sh", "solution/solve.sh"):
+            (folder / name).chmod(0o755)
+        for room in ("environment", "tests"):
+            _link(self.release.archive, folder / room / archive)
+
+    def _toml(self) -> str:
+        facts = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in _ELSEWHERE
+        }
+        lines = [f"{key} = {_toml_value(value)}" for key, value in facts.items()]
+        return _TASK_TOML.format(
+            schema=SCHEMA_VERSION, name=self.name, package=self.package, facts="\n".join(lines)
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Task:
+        """Read a task directory.
+
+        Raises InputError, naming the file, when one is missing or says something impossible.
+        """
+        config = _read_toml(folder / "task.toml")
+        facts = config.get("metadata", {}).get("remend")
+        if not isinstance(facts, dict):
+            raise InputError(f"{folder / 'task.toml'}: no [metadata.remend] section")
+        tests = _read_json(folder / "tests" / "tests.json")
+        values = {
+            **facts,
+            "instruction": _read(folder / "instruction.md").strip(),
+            "bug_patch": _read(folder / "environment" / "bug.patch"),
+            "fail_to_pass": tests.get("fail_to_pass"),
+            "pass_to_pass": tests.get("pass_to_pass"),
+        }
+        task = cls(**_checked(values, folder / "task.toml"))
+        archive = folder / "environment" / task.release.archive.name
+        if not archive.is_file():
+            raise InputError(f"{archive}: the task's source archive is missing")
+        adopt(task.release, archive)
+        return task
+
+
+def load_tasks(
+    index: Path | str = "shipped",
+    split: str | None = None,
+    limit: int | None = None,
+    done: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Task]:
+    """The tasks of an index, in its order, of one split or all, at most `limit`.
+
+    `index` is "shipped", another index file (`.jsonl`), or a folder of task directories. Tasks of
+    an index file are made once and kept in the cache as Harbor directories. `done` is told how
+    many are ready.
+
+    Raises InputError for anything damaged, and when a release cannot be fetched.
+    """
+    from sandbox.shipped import SHIPPED, build, read_rows
+
+    path = SHIPPED if index == "shipped" else Path(index)
+    if path.is_dir():
+        folders = sorted(file.parent for file in path.glob("*/task.toml"))
+        if not folders:
+            raise InputError(f"{path}: no task directories in it")
+        tasks = [Task.load(folder) for folder in folders]
+        return [task for task in tasks if split in (None, task.split)][:limit]
+    if not path.is_file():
+        raise InputError(f"{path}: no such task index")
+    rows = [row for row in read_rows(path) if split in (None, row.split)][:limit]
+    packages = load_packages()
+    fetch(packages[row.package] for row in rows if row.package in packages)
+    home = cache_dir() / "tasks" / _stamp(path)
+    ready: dict[str, Task] = {}
+    # one module's tasks after another: it is parsed once
+    for row in sorted(rows, key=lambda row: (row.package, row.module, row.function)):
+        folder = home / row.name
+        if folder.is_dir():
+            ready[row.name] = Task.load(folder)
+        else:
+            ready[row.name] = build(row)
+            _save_whole(ready[row.name], folder)
+        done(len(ready), len(rows))
+    return [ready[row.name] for row in rows]
+
+
+def _save_whole(task: Task, folder: Path) -> None:
+    """Save so that the folder is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{task.name}.", dir=folder.parent))
+    try:
+        task.save(aside)
+        os.rename(aside, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        # another process was faster: its task is the same
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _stamp(index: Path) -> str:
+    """Changes when the index does, or the pins, or whatever decides what task directories hold."""
+    digest = hashlib.sha256()
+    code = (Path(__file__), Path(__file__).with_name("shipped.py"))
+    for path in (index, INDEX / "packages.toml", *code, *sorted(_TEMPLATES.iterdir())):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_ELSEWHERE = ("instruction", "fail_to_pass", "pass_to_pass", "bug_patch")
+
+_TASK_TOML = """\
+schema_version = "{schema}"
+
+[task]
+name = "remend/{name}"
+description = "Repair a bug in {package}"
+
+[metadata.remend]
+{facts}
+
+[verifier]
+timeout_sec = 360.0
+
+[agent]
+timeout_sec = 600.0
+
+[environment]
+network_mode = "no-network"
+build_timeout_sec = 600.0
+cpus = 1
+memory_mb = 1024
+storage_mb = 2048
+"""
+
+
+def _checked(values: dict[str, Any], where: Path) -> dict[str, Any]:
+    checked: dict[str, Any] = {}
+    for field in fields(Task):
+        value = values.get(field.name)
+        if field.type == "str":
+            good = isinstance(value, str) and bool(value)
+        else:
+            listed = value if isinstance(value, list) else [None]
+            good = all(isinstance(item, str) and item for item in listed)
+            value = tuple(listed)
+        if not good:
+            raise InputError(f"{where}: {field.name} is missing or of the wrong kind: {value!r}")
+        checked[field.name] = value
+    if set(values) - set(checked):
+        raise InputError(f"{where}: unknown keys {sorted(set(values) - set(checked))}")
+    if not _NAME.fullmatch(checked["name"]):
+        raise InputError(f"{where}: {checked['name']!r} is not a task name")
+    for key in ("package", "version"):  # they name files in the cache
+        if not _NAME.fullmatch(checked[key]):
+            raise InputError(f"{where}: {checked[key]!r} is not a {key}")
+    if not re.fullmatch("[0-9a-f]{64}", checked["sdist_sha256"]):
+        raise InputError(f"{where}: sdist_sha256 is not a SHA-256")
+    if any(fnmatchcase(checked["module"], pattern) for pattern in checked["protected"]):
+        raise InputError(f"{where}: the module under repair, {checked['module']}, is protected")
+    if not checked["fail_to_pass"]:
+        raise InputError(f"{where}: a task needs at least one failing test")
+    for path in (checked["module"], *checked["python_path"]):
+        if path.startswith("/") or ".." in path.split("/"):
+            raise InputError(f"{where}: {path!r} leads out of the tree")
+    return checked
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+@cache
+def _template(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _toml_value(value: str | tuple[str, ...]) -> str:
+    # JSON strings and arrays are TOML too, but for DEL, which needs an escape there
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _read(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a task directory, or a damaged one: {error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_read(path).replace("\r\n", "\n"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(path))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected an object")
+    return value
