@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite: a row with nothing to attend to gives numbers, not NaN
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 
 
 def attend(

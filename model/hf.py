@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from model.qwen3 import Params, abstract
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
-MANIFEST = "manifest.json"
+MANIFEST, FORMAT = "manifest.json", "remend-hf-1"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -173,6 +174,8 @@ def check_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = _read_json(path)
+    if manifest.get("format") != FORMAT:
+        return None  # another program's manifest
     for name, fact in manifest["files"].items():
         file = path.parent / name
         if not file.is_file():
@@ -243,7 +246,8 @@ def _stored_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder by name, memory-mapped."""
     files = [WEIGHTS]
     if (folder / INDEX).is_file():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        named = _read_json(folder / INDEX).get("weight_map", {}).values()
+        files = sorted({Path(name).name for name in named})  # never outside the folder
     tensors: dict[str, np.ndarray] = {}
     for name in files:
         tensors |= _read_safetensors(folder / name)
@@ -254,26 +258,24 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     size = path.stat().st_size
-    truncated = InputError(f"{path} is truncated or not a safetensors file ({size} bytes)")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length or length < 2:
-            raise truncated
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise truncated from None
-    header.pop("__metadata__", None)
+        text = file.read(length) if 2 <= length <= size - 8 else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [(n, f["dtype"], tuple(f["shape"]), *f["data_offsets"]) for n, f in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is truncated or not a safetensors file ({size} bytes)") from None
     tensors: dict[str, np.ndarray] = {}
-    for name, fact in header.items():
-        begin, end = fact["data_offsets"]
-        if fact["dtype"] not in _SAFETENSORS_DTYPES:
-            raise InputError(f"{path}: tensor {name!r} has dtype {fact['dtype']}, not F32 or BF16")
+    for name, kind, shape, begin, end in entries:
+        if kind not in _SAFETENSORS_DTYPES:
+            raise InputError(f"{path}: tensor {name!r} has dtype {kind}, not F32 or BF16")
+        dtype = _SAFETENSORS_DTYPES[kind]
+        if begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
+            raise InputError(f"{path}: tensor {name!r} has {end - begin} bytes for shape {shape}")
         if 8 + length + end > size:
             raise InputError(f"{path} is truncated: tensor {name!r} ends after the file")
-        dtype, shape = _SAFETENSORS_DTYPES[fact["dtype"]], tuple(fact["shape"])
-        if end - begin != dtype.itemsize * int(np.prod(shape)):
-            raise InputError(f"{path}: tensor {name!r} has {end - begin} bytes for shape {shape}")
         raw = np.memmap(path, np.uint8, "r", 8 + length + begin, end - begin)
         tensors[name] = raw.view(dtype).reshape(shape)
     return tensors
@@ -287,7 +289,7 @@ def _write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
             os.fsync(handle.fileno())
         files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     with (folder / MANIFEST).open("w") as handle:
-        json.dump({"format": "remend-hf-1", "meta": dict(meta), "files": files}, handle, indent=1)
+        json.dump({"format": FORMAT, "meta": dict(meta), "files": files}, handle, indent=1)
         handle.flush()
         os.fsync(handle.fileno())
 

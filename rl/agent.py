@@ -123,7 +123,8 @@ async def run_episode(
     session = await policy.open(seed)
     try:
         async with pool.lease(task.tree()) as sandbox:
-            await _converse(record, session, ToolBox(sandbox, task), renderer, config)
+            tests = (*task.fail_to_pass, *task.pass_to_pass)
+            await _converse(record, session, ToolBox(sandbox, tests), renderer, config)
             record.patch = await sandbox.diff()
     finally:
         session.close()

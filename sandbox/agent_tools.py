@@ -7,14 +7,13 @@ file) is answered with an observation that says so; only trouble of the harness 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxError, TestReport
 from sandbox.mutate import functions
-from sandbox.task import Task
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
@@ -114,14 +113,12 @@ def check_arguments(call: ToolCall) -> None:
 
 
 class ToolBox:
-    """The tools of one episode, acting on one leased sandbox that holds `task`'s buggy tree."""
+    """The tools of one episode, acting on one leased sandbox; `tests` are what `run_tests` runs."""
 
-    def __init__(self, sandbox: Sandbox, task: Task) -> None:
-        self._sandbox = sandbox
-        self._tests = (*task.fail_to_pass, *task.pass_to_pass)
+    def __init__(self, sandbox: Sandbox, tests: Sequence[str]) -> None:
+        self._sandbox, self._tests = sandbox, tuple(tests)
         self._before_edit: dict[str, bytes] = {}
         self._last_failure: str | None = None
-        self.passing = False
 
     async def call(self, call: ToolCall) -> Observation:
         """Carry out one call. The policy's mistakes come back as text, never as exceptions."""
@@ -208,8 +205,7 @@ class ToolBox:
 
     async def _run_tests(self) -> str:
         report = await self._sandbox.run_tests(self._tests)
-        self.passing = report.passed(self._tests)
-        if self.passing:
+        if report.passed(self._tests):
             return f"all {len(self._tests)} tests pass"
         failure = describe_failure(report)
         same, self._last_failure = failure == self._last_failure, failure

@@ -28,6 +28,10 @@ _INSIDE = ("runner.py", "confine.py", "testrun.py")
 _LIBRARY = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
 _HOME_INSIDE = "/run/remend"
 
+# Only what is put on the path is there: no script's folder, no user's or installed packages. Not
+# isolated mode, which would leave out the environment too, and with it the fixed hash seed.
+_FLAGS = ("-P", "-s", "-S")
+
 # Users that no machine's accounts, containers or services are given (systemd's UIDs and GIDs).
 _FIRST_SPARE_UID, _SPARE_UIDS = 1_900_000_000, 200_000_000
 _FIRST_SPARE_UID_16, _SPARE_UIDS_16 = 61_184, 4_000
@@ -128,7 +132,7 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
     for source, name in (*_inside(), *_library()):
         argv += ["--ro-bind", str(source), f"{_HOME_INSIDE}/{name}"]
     argv += ["--bind", str(folder / "work"), "/work", "--remount-ro", "/", "--chdir", "/work", "--"]
-    argv += [interpreter(), "-I", "-S", f"{_HOME_INSIDE}/runner.py"]
+    argv += [interpreter(), *_FLAGS, f"{_HOME_INSIDE}/runner.py"]
     environment = _environment("/tmp/home", "/tmp", _HOME_INSIDE)
     setup = _setup(limits, uid, environment) | {
         "workspace": "/work",
@@ -158,7 +162,7 @@ def _plain(folder: Path, uid: int | None, limits: Limits) -> Launch:
         "enter_namespaces": True,
         "own_network": False,
     }
-    argv = (interpreter(), "-I", "-S", str(inside / "runner.py"))
+    argv = (interpreter(), *_FLAGS, str(inside / "runner.py"))
     return Launch(argv, {}, environment, setup)
 
 

@@ -1,8 +1,8 @@
 """The process inside a sandbox: takes requests, forks a child for each, and outlives them all.
 
-Started as `python -I -S runner.py`, with the standard library and pytest at hand and nothing else.
-It imports pytest once; a test run is then a fork away. Untrusted code runs in the children only,
-which hold no way to the harness and cannot trace or signal this process.
+Started as `python -P -s -S runner.py`, with the standard library and pytest at hand and nothing
+else. It imports pytest once; a test run is then a fork away. Untrusted code runs in the children
+only, which hold no way to the harness and cannot trace or signal this process.
 
 Messages over the socket that is descriptor 0, both ways, are a 4-byte big-endian length and JSON.
 The first one configures; each later `{"op": "exec" | "test" | "prebuild" | "wipe", …}` has one
@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # isolated mode leaves it out
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # -P leaves it out
 
 import confine  # noqa: E402
 
@@ -345,7 +345,7 @@ class Runner:
         free = {}
         for path in (self._workspace, *self._temporary):
             stat = os.statvfs(path)
-            free[stat.f_fsid] = stat.f_bfree * stat.f_frsize + stat.f_ffree * INODE_BYTES
+            free[os.stat(path).st_dev] = stat.f_bfree * stat.f_frsize + stat.f_ffree * INODE_BYTES
         return sum(free.values())
 
     def _over_limit(self, disk_before: int) -> str | None:

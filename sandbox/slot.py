@@ -62,7 +62,8 @@ class Slot:
                     stdin=theirs.fileno(),
                     stdout=log,
                     stderr=log,
-                    env=self._launch.environment,
+                    # what it runs gets the path too, itself it finds its parts without
+                    env={**self._launch.environment, "PYTHONPATH": ""},
                     pass_fds=tuple(files.values()),
                     start_new_session=True,
                 )

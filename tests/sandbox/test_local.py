@@ -94,9 +94,13 @@ def test_outcomes_errors_and_frames(box: Box, tree: Tree) -> None:
 def test_agrees_with_pytest_itself(box: Box, tree: Tree) -> None:
     """The same tests under the `pytest` command, in a process of its own."""
     (tree.root / "pytest.ini").unlink()
+    env = {
+        "PYTHONPATH": os.pathsep.join(["src", *sys.path]),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "tests"],
-        cwd=tree.root, capture_output=True, text=True, env={"PYTHONPATH": "src"},
+        cwd=tree.root, capture_output=True, text=True, env=env,
     )  # fmt: skip
     names = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "XFAIL": "skipped"}
     expected = {}
@@ -235,6 +239,23 @@ def test_conftest_files_do_all_they_do_under_pytest(box: Box, tree: Tree) -> Non
 
     report = box.run(work())
     assert report.exit_code == 0, report
+
+
+def test_every_run_has_the_same_order_of_sets(box: Box, tree: Tree) -> None:
+    fixed = subprocess.run(
+        [sys.executable, "-c", "print(hash('a text'))"],
+        capture_output=True, text=True, env={"PYTHONHASHSEED": "0"},
+    )  # fmt: skip
+    source = f"def test(): assert hash('a text') == {int(fixed.stdout)}\n"
+    tree = dataclasses.replace(tree, overlay={"tests/test_hash.py": source.encode()})
+
+    async def work():
+        async with box.pool.lease(tree) as sandbox:
+            told = await sandbox.exec(["python3", "-c", "print(hash('a text'))"])
+            assert told.stdout == fixed.stdout
+            return await sandbox.run_tests(["tests/test_hash.py::test"])
+
+    assert box.run(work()).exit_code == 0
 
 
 def test_what_one_run_imported_is_not_there_in_the_next(box: Box, tree: Tree) -> None:

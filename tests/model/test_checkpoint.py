@@ -1,0 +1,128 @@
+"""Checkpoints come back bit for bit, and a damaged one is never taken for whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs.errors import InputError
+from model.checkpoint import Checkpoints, checksums
+
+
+@pytest.fixture(scope="module")
+def state(small_params):
+    """What a training run saves: parameters, an optimizer state, a step, some bfloat16."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return {
+        "params": small_params,
+        "opt_state": optimizer.init(small_params),
+        "step": jnp.int32(7),
+        "half": small_params["embed"].astype(jnp.bfloat16),
+        "key": jnp.asarray([1, 2**32 - 1], jnp.uint32),
+    }
+
+
+def _shifted(state, by: float):
+    return jax.tree.map(lambda a: a + jnp.asarray(by, a.dtype), state)
+
+
+@pytest.fixture(scope="module")
+def saved(state, tmp_path_factory) -> Path:
+    """A folder with steps 1 and 2, the second shifted by 2."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, _shifted(state, 1), {"seed": 5})
+    checkpoints.save(2, _shifted(state, 2))
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def _same(got, want) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_restored_bit_for_bit(saved, state):
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.steps() == [1, 2]
+    _same(checkpoints.restore(1, state), _shifted(state, 1))
+    _same(checkpoints.restore_latest(state), _shifted(state, 2))
+    assert checkpoints.meta(1) == {"seed": 5}
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    _same(checkpoints.restore(2, abstract), _shifted(state, 2))
+
+
+def test_an_empty_folder_has_nothing_to_resume(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path / "none")
+    assert checkpoints.restore_latest(state) is None
+    with pytest.raises(InputError, match="checkpoint 3 .* does not exist"):
+        checkpoints.restore(3, state)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_newest_are_kept_and_a_step_can_be_replaced(tmp_path, background):
+    checkpoints = Checkpoints(tmp_path, keep=2, background=background)
+    for step in (1, 2, 3, 3):
+        checkpoints.save(step, {"a": jnp.full(3, step)})
+    checkpoints.save(3, {"a": jnp.full(3, 9)})
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    assert again.steps() == [2, 3]
+    np.testing.assert_array_equal(again.restore(3, {"a": jnp.zeros(3, jnp.int32)})["a"], 9)
+
+
+def _largest(folder: Path) -> Path:
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_a_bit, Path.unlink])
+def test_a_damaged_checkpoint_is_refused_and_a_resume_falls_back(folder, state, damage):
+    damage(_largest(folder / "2"))
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(InputError, match=rf"checkpoint 2 in {folder}"):
+        checkpoints.restore(2, state)
+    with pytest.warns(UserWarning, match="checkpoint 2 .* trying the step before"):
+        _same(checkpoints.restore_latest(state), _shifted(state, 1))
+    damage(_largest(folder / "1"))
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="checkpoint 2"):
+        Checkpoints(folder).restore_latest(state)
+
+
+def test_another_shape_is_refused(saved, state):
+    wider = state | {"half": jnp.zeros((102, 32), jnp.bfloat16)}
+    with pytest.raises(InputError, match="checkpoint 2"):
+        Checkpoints(saved).restore(2, wider)
+    other = state | {"half": jnp.zeros((101, 32), jnp.float32)}
+    with pytest.raises(InputError, match="checkpoint 2"):
+        Checkpoints(saved).restore(2, other)
+
+
+def test_a_checksum_sees_one_bit_and_an_exchange(state):
+    a = jnp.arange(8, dtype=jnp.float32)
+    assert checksums([a]) != checksums([a.at[0].set(-0.0)])  # equal as numbers
+    assert checksums([a]) != checksums([a[::-1]])
+    assert checksums([a]) == checksums([np.arange(8, dtype=np.float32)])

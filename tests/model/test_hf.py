@@ -1,0 +1,162 @@
+"""Hugging Face folders: exact round trip, and every kind of damage refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs.errors import InputError
+from model.hf import INDEX, MANIFEST, WEIGHTS, load_hf, save_hf
+from model.qwen3 import init
+
+
+def _same(got, want) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_bit_for_bit(tmp_path, small, tied, dtype):
+    config = replace(small, tie_word_embeddings=tied, param_dtype=dtype)
+    params = init(config, 4)
+    save_hf(tmp_path / "a", params, config)
+    loaded = load_hf(tmp_path / "a", scan_layers=False)
+    assert loaded.config == config
+    _same(loaded.params, params)
+
+
+def test_casts(tmp_path, small, small_params):
+    save_hf(tmp_path / "a", small_params, small, dtype="bfloat16")
+    half = load_hf(tmp_path / "a")
+    assert half.config.param_dtype == "bfloat16"
+    _same(half.params, jax.tree.map(lambda a: a.astype(jnp.bfloat16), small_params))
+    full = load_hf(tmp_path / "a", param_dtype="float32")
+    assert full.config.param_dtype == "float32"
+    assert full.params["embed"].dtype == jnp.float32
+
+
+def test_names_and_orientation_are_those_of_transformers(tmp_path, small, small_params):
+    save_hf(tmp_path / "a", small_params, small)
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    layers = small_params["layers"]
+    np.testing.assert_array_equal(
+        tensors["model.layers.1.self_attn.k_proj.weight"], layers["k"][1].T
+    )
+    np.testing.assert_array_equal(
+        tensors["model.layers.0.post_attention_layernorm.weight"], layers["mlp_norm"][0]
+    )
+    assert "lm_head.weight" not in tensors
+    assert len(tensors) == 2 + 11 * small.num_hidden_layers
+
+
+@pytest.fixture
+def folder(tmp_path, small, small_params) -> Path:
+    save_hf(tmp_path / "ckpt", small_params, small, meta={"version": 3})
+    return tmp_path / "ckpt"
+
+
+def _foreign(folder: Path) -> dict[str, np.ndarray]:
+    """Make it a folder without our manifest; its tensors."""
+    (folder / MANIFEST).unlink()
+    return load_file(folder / WEIGHTS)
+
+
+def _refused(folder: Path, *words: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_hf(folder)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_damage_is_seen_through_the_manifest(folder, name):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1  # in a tensor, or white space turned into something else
+    path.write_bytes(bytes(data))
+    _refused(folder, name)
+    path.write_bytes(bytes(data[:-5]))
+    _refused(folder, name)
+    path.unlink()
+    _refused(folder, name)
+
+
+def test_truncation_is_seen_without_a_manifest(folder):
+    _foreign(folder)
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    for size in (0, 4, 8, 500, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        _refused(folder, WEIGHTS, "truncated")
+
+
+def test_a_tensor_that_is_missing_extra_or_misshapen_is_named(folder):
+    tensors = _foreign(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, folder / WEIGHTS)
+    _refused(folder, name, "missing")
+    save_file(tensors | {name: tensors[name][:-1]}, folder / WEIGHTS)
+    _refused(folder, name, "(47, 32)", "(48, 32)")
+    save_file(tensors | {"model.layers.2.mlp.up_proj.weight": tensors[name]}, folder / WEIGHTS)
+    _refused(folder, "model.layers.2.mlp.up_proj.weight", "unexpected")
+    save_file(tensors | {name: tensors[name].astype(np.float16)}, folder / WEIGHTS)
+    _refused(folder, name, "F16")
+
+
+def test_a_tied_head_may_be_stored_but_not_differ(folder, small_params):
+    tensors = _foreign(folder)
+    embed = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embed}, folder / WEIGHTS)
+    _same(load_hf(folder).params, small_params)
+    save_file(tensors | {"lm_head.weight": embed + 1}, folder / WEIGHTS)
+    _refused(folder, "lm_head.weight")
+
+
+def test_shards_are_read_together(folder, small_params):
+    tensors = _foreign(folder)
+    (folder / WEIGHTS).unlink()
+    shards = {"x-1.safetensors": {}, "x-2.safetensors": {}}
+    for i, (name, value) in enumerate(tensors.items()):
+        shards[f"x-{1 + i % 2}.safetensors"][name] = value
+    for name, shard in shards.items():
+        save_file(shard, folder / name)
+    weight_map = {tensor: file for file, shard in shards.items() for tensor in shard}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    _same(load_hf(folder).params, small_params)
+    (folder / "x-2.safetensors").unlink()
+    _refused(folder, "x-2.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_folder(folder, small, small_params, monkeypatch):
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    broken = dict(small_params, norm=jnp.zeros(5))
+    with pytest.raises(InputError, match="norm"):
+        save_hf(folder, broken, small)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == ["ckpt"]  # and nothing beside it
+    save_hf(folder, init(small, 1), small)
+    assert not np.array_equal(load_hf(folder).params["embed"], small_params["embed"])
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path, small, small_params):
+    (tmp_path / "thesis.txt").write_text("only copy")
+    with pytest.raises(InputError, match="not an earlier export"):
+        save_hf(tmp_path, small_params, small)
+    assert (tmp_path / "thesis.txt").read_text() == "only copy"
+
+
+def test_a_missing_folder_or_tokenizer_is_one_clear_error(tmp_path, folder):
+    _refused(tmp_path / "nothing", "config.json")
+    with pytest.raises(InputError, match="tokenizer.json"):
+        _ = load_hf(folder).tokenizer
+    shutil.rmtree(folder)

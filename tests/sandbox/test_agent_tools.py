@@ -1,0 +1,153 @@
+"""The agent's tools on a real sandbox: what they do, and what they say to wrong calls."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from sandbox.agent_tools import TOOLS, ToolBox, ToolCall
+from sandbox.base import Tree
+from sandbox.local import LocalPool
+
+SOURCE = """\
+class Box:
+    def clip(self, value, low):
+        if value <= low:
+            return low + 1
+        return value
+
+
+def other():
+    return "low"
+"""
+TEST = """\
+from box import Box, other
+
+def test_clip():
+    assert Box().clip(1, 2) == 2
+
+def test_keep():
+    assert Box().clip(3, 2) == 3
+"""
+TESTS = ("test_box.py::test_clip", "test_box.py::test_keep")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    (tmp_path / "box.py").write_text(SOURCE)
+    (tmp_path / "test_box.py").write_text(TEST)
+    return Tree(tmp_path)
+
+
+def converse(tree: Tree, *calls: ToolCall) -> tuple[list[str], str]:
+    """The observations of some calls in one episode, and the diff it leaves."""
+
+    async def run() -> tuple[list[str], str]:
+        pool = LocalPool(1)
+        try:
+            async with pool.lease(tree) as sandbox:
+                box = ToolBox(sandbox, TESTS)
+                return [(await box.call(call)).text for call in calls], await sandbox.diff()
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def edit(**arguments: object) -> ToolCall:
+    return ToolCall("edit", {"path": "box.py", **arguments})
+
+
+RUN = ToolCall("run_tests", {})
+
+
+def test_a_repair(tree: Tree) -> None:
+    texts, diff = converse(
+        tree,
+        RUN,
+        ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
+        edit(line=3, old="<=", new="<"),
+        RUN,
+        edit(line=4, old=" + 1", new="", undo=True),
+        RUN,
+    )
+    assert texts[0] == (
+        "1 of 2 tests fail\ntest_box.py:4 test_clip: assert Box().clip(1, 2) == 2\n"
+        "AssertionError: assert 3 == 2"
+    )
+    assert texts[1].splitlines()[0] == "2     def clip(self, value, low):"
+    assert texts[1].splitlines()[-1] == "5         return value"
+    assert texts[2:] == ["edited", "still failing, same errors", "edited", "all 2 tests pass"]
+    changed = [
+        line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    assert changed == ["-            return low + 1", "+            return low"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (ToolCall("shell", {"command": "id"}), "no tool 'shell'"),
+        (ToolCall("view", {}), "view needs 'path'"),
+        (ToolCall("view", {"path": "box.py", "depth": 3}), "no argument 'depth'"),
+        (ToolCall("view", {"path": "box.py", "line": "3"}), "must be a integer"),
+        (ToolCall("view", {"path": "box.py", "line": True}), "must be a integer"),
+        (ToolCall("view", {"path": "box.py", "symbol": "Box.gone"}), "no function 'Box.gone'"),
+        (ToolCall("view", {"path": "box.py", "line": 99}), "has 9 lines"),
+        (ToolCall("view", {"path": "../../etc/passwd"}), "error"),
+        (ToolCall("view", {"path": "/etc/passwd"}), "error"),
+        (edit(old="low", new="high"), "occurs 4 times in box.py"),
+        (edit(line=3, old="high", new="low"), "occurs 0 times on line 3"),
+        (edit(line=3, old="", new="x"), "must not be empty"),
+        (edit(line=0, old="a", new="b"), "has 9 lines"),
+        (ToolCall("edit", {"path": "gone.py", "old": "a", "new": "b"}), "gone.py"),
+        (ToolCall("search", {"text": ""}), "one line of text"),
+    ],
+)
+def test_wrong_calls_are_answered_and_change_nothing(tree: Tree, call: ToolCall, says: str) -> None:
+    texts, diff = converse(tree, call)
+    assert texts[0].startswith("error: ") and says in texts[0]
+    assert diff == ""
+
+
+def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
+    texts, _ = converse(
+        tree,
+        ToolCall("search", {"text": "return low"}),
+        ToolCall("search", {"text": "-rf $(touch /tmp/x) .*"}),
+    )
+    assert texts == ["box.py:4:            return low + 1", "nothing found"]
+
+
+def test_a_file_that_no_longer_parses_is_reported(tree: Tree) -> None:
+    texts, _ = converse(
+        tree,
+        edit(line=1, old="class Box:", new="class Box("),
+        ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
+        RUN,
+    )
+    assert texts[1].startswith("error: ")
+    assert "tests fail" in texts[2]
+
+
+def test_submit_ends_the_episode(tree: Tree) -> None:
+    async def run() -> bool:
+        pool = LocalPool(1)
+        try:
+            async with pool.lease(tree) as sandbox:
+                return (await ToolBox(sandbox, TESTS).call(ToolCall("submit", {}))).done
+        finally:
+            await pool.close()
+
+    assert asyncio.run(run())
+
+
+def test_schemas_are_what_the_chat_template_expects() -> None:
+    for tool in TOOLS:
+        assert tool["type"] == "function"
+        parameters = tool["function"]["parameters"]
+        assert set(parameters["required"]) <= set(parameters["properties"])
+    names: list[str] = [tool["function"]["name"] for tool in TOOLS]
+    assert names == ["view", "search", "edit", "run_tests", "submit"]

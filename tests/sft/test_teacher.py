@@ -1,0 +1,77 @@
+"""The teacher repairs from what the tools show it, and from nothing else."""
+
+from __future__ import annotations
+
+from sandbox.agent_tools import ToolCall
+from sft.teacher import RUN, SUBMIT, SearchTeacher
+
+INSTRUCTION = (
+    "Tests fail because of a bug in `Box.clip` in `src/box.py`.\n"
+    "Failing: tests/test_box.py::test_clip\nFix the source; do not change the tests."
+)
+BUGGY = [
+    "    def clip(self, value):",
+    "        if value <= self.low:",
+    "            return self.high",
+    "        return value",
+]
+VIEW = "\n".join(f"{n} {line}" for n, line in enumerate(BUGGY, 41))
+FAILURE = "1 of 3 tests fail\nsrc/box.py:42 clip: if value <= self.low:\nTypeError: unorderable"
+
+
+def episode(seed: int, turns: int = 400) -> list[list[ToolCall]]:
+    """Everything the teacher does when no edit ever helps."""
+    teacher = SearchTeacher(seed)
+    acted = [teacher.act([INSTRUCTION]), teacher.act([FAILURE, VIEW])]
+    while acted[-1] != [SUBMIT] and len(acted) < turns:
+        acted.append(teacher.act(["edited", "still failing, same errors"]))
+    return acted
+
+
+def test_it_looks_before_it_edits() -> None:
+    first = episode(0)[0]
+    assert first == [RUN, ToolCall("view", {"path": "src/box.py", "symbol": "Box.clip"})]
+
+
+def test_every_edit_applies_to_the_line_it_names_and_none_repeats() -> None:
+    edits = [calls[0].arguments for calls in episode(1)[1:-1]]
+    assert len(edits) >= 8
+    seen = set()
+    for number, edit in enumerate(edits):
+        line = BUGGY[edit["line"] - 41]
+        assert line.count(edit["old"]) == 1 and edit["old"] != edit["new"]
+        assert bool(edit.get("undo")) == (number > 0)
+        seen.add((edit["line"], line.replace(edit["old"], edit["new"])))
+    assert len(seen) == len(edits)
+
+
+def test_the_reverse_of_a_reversible_bug_is_among_its_candidates() -> None:
+    fixed = {
+        BUGGY[e["line"] - 41].replace(e["old"], e["new"])
+        for e in (calls[0].arguments for calls in episode(2)[1:-1])
+    }
+    assert "        if value < self.low:" in fixed
+
+
+def test_lines_of_the_traceback_come_first_more_often() -> None:
+    hot = sum(episode(seed, 3)[1][0].arguments["line"] == 42 for seed in range(300))
+    quiet = 0
+    for seed in range(300):
+        teacher = SearchTeacher(seed)
+        teacher.act([INSTRUCTION])
+        call = teacher.act(["1 of 3 tests fail\nAssertionError", VIEW])[0]
+        quiet += call.arguments["line"] == 42
+    assert hot > quiet + 40
+
+
+def test_it_submits_when_the_tests_pass_and_when_it_can_do_nothing() -> None:
+    teacher = SearchTeacher(0)
+    teacher.act([INSTRUCTION])
+    teacher.act([FAILURE, VIEW])
+    assert teacher.act(["edited", "all 3 tests pass"]) == [SUBMIT]
+    assert SearchTeacher(0).act(["Nothing that it understands."]) == [SUBMIT]
+
+
+def test_the_seed_decides_the_search() -> None:
+    assert episode(5) == episode(5)
+    assert episode(5) != episode(6)
