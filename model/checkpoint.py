@@ -1,12 +1,15 @@
 """Training checkpoints in Orbax: atomic, pruned, restored bit for bit.
 
 A checkpoint is a tree of arrays (parameters, optimizer state, step, ...) plus a little JSON. Orbax
-writes each step aside and renames it, so that a killed run leaves a whole step or none. A checksum
-of every array lies beside it: Orbax notices a truncated file, but not a flipped bit.
+writes each step aside and renames it, so that a killed run leaves a whole step or none. Beside it
+lie the sizes of its files, compared before anything is read (Orbax notices a missing or truncated
+file too, but late and with a page of tracebacks), and a checksum of every array, since it does not
+notice a flipped bit.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from configs.errors import InputError
+from configs.files import write_atomic
+
+FILES = "files.json"  # in a step's folder: {path: bytes} of everything else in it
 
 
 class Checkpoints:
@@ -30,7 +36,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2, *, background: bool = False) -> None:
         import orbax.checkpoint as ocp  # imported late: it takes seconds
 
-        self._ocp, self._folder = ocp, Path(folder).absolute()
+        self._ocp, self._folder, self._background = ocp, Path(folder).absolute(), background
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -42,6 +48,8 @@ class Checkpoints:
         self, step: int, tree: Mapping[str, Any], meta: Mapping[str, Any] | None = None
     ) -> None:
         """Write ``tree`` and JSON ``meta`` as ``step``; a step that exists is replaced."""
+        self._manager.wait_until_finished()
+        self._list_files()
         if step in self._manager.all_steps():
             self._manager.delete(step)
         self._manager.save(
@@ -53,6 +61,9 @@ class Checkpoints:
                 ),
             ),
         )
+
+        if not self._background:
+            self._list_files()
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""
@@ -70,15 +81,16 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             raise InputError(f"{where} does not exist")
         want = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, dict(like))
+        self._check_files(step, where)
         args = self._ocp.args
         try:
             found = self._manager.restore(
                 step, args=args.Composite(tree=args.StandardRestore(want), meta=args.JsonRestore())
             )
-            tree, expected = found.tree, found.meta.get("checksums")
         except Exception as error:  # orbax, tensorstore and zarr each raise their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{where} cannot be read: {reason[:160]}") from error
+        tree, expected = found.tree, found.meta.get("checksums")
         leaves = jax.tree.leaves(tree)
         for (path, spec), leaf in zip(
             jax.tree_util.tree_leaves_with_path(want), leaves, strict=True
@@ -119,7 +131,39 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for writes under way and release the folder."""
         self._manager.wait_until_finished()
+        self._list_files()
         self._manager.close()
+
+    def _list_files(self) -> None:
+        """Write the sizes of the files of every finished step that has no list of them yet."""
+        if jax.process_index() != 0:
+            return
+        for step in self._manager.all_steps():
+            root = self._folder / str(step)
+            if not (root / FILES).exists():
+                sizes = {str(f.relative_to(root)): f.stat().st_size for f in _files(root)}
+                write_atomic(root / FILES, json.dumps(sizes, indent=0))
+
+    def _check_files(self, step: int, where: str) -> None:
+        root = self._folder / str(step)
+        if not (root / FILES).exists():  # killed between the step's rename and its list
+            return
+        try:
+            sizes = json.loads((root / FILES).read_text())
+        except ValueError:
+            raise InputError(f"{where} is damaged: {FILES} is not valid JSON") from None
+        for name, size in sizes.items():
+            path = root / name
+            if not path.is_file():
+                raise InputError(f"{where} is damaged: {name} is missing")
+            if path.stat().st_size != size:
+                raise InputError(
+                    f"{where} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
+                )
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
 
 
 def checksums(tree: Any) -> list[int]:

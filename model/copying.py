@@ -16,6 +16,8 @@ codes of the two tokens before, the rest holds the token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from model.config import Qwen3Config
@@ -86,7 +88,7 @@ def copying_init(config: Qwen3Config, seed: int) -> Params:
     return params
 
 
-def _writable(tree):
+def _writable(tree: Any) -> Any:
     return {k: _writable(v) for k, v in tree.items()} if isinstance(tree, dict) else np.array(tree)
 
 

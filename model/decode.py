@@ -80,18 +80,21 @@ class _Chunk(NamedTuple):
     tokens: Sequence[int]
 
 
+Array = jax.Array | np.ndarray
+
+
 class _Lanes(NamedTuple):
     """Per-slot inputs of the decode program, all of length ``slots``."""
 
-    token: jax.Array  # int32, fed next
-    position: jax.Array  # int32, of that token
-    active: jax.Array  # bool
-    remaining: jax.Array  # int32, tokens still to sample
-    seed: jax.Array  # uint32 [slots, 2], low and high word
-    temperature: jax.Array  # float32, 0: greedy
-    stops: jax.Array  # int32 [slots, MAX_STOPS], -1: none
-    top_k: jax.Array  # int32, 0: off
-    top_p: jax.Array  # float32, 1: off
+    token: Array  # int32, fed next
+    position: Array  # int32, of that token
+    active: Array  # bool
+    remaining: Array  # int32, tokens still to sample
+    seed: Array  # uint32 [slots, 2], low and high word
+    temperature: Array  # float32, 0: greedy
+    stops: Array  # int32 [slots, MAX_STOPS], -1: none
+    top_k: Array  # int32, 0: off
+    top_p: Array  # float32, 1: off
 
 
 class Engine:
@@ -247,7 +250,7 @@ class Engine:
     @property
     def compiled(self) -> int:
         """Programs compiled so far: two after warm-up, and never more."""
-        return self._prefill._cache_size() + self._decode._cache_size()
+        return sum(program._cache_size() for program in (self._prefill, self._decode))  # type: ignore[attr-defined]
 
     def _at(self, slot: int) -> _Slot:
         state = self._slots[slot] if 0 <= slot < self.slots else None
@@ -332,8 +335,9 @@ def _prefill(
     rows: jax.Array,
 ) -> KVCache:
     """Write keys and values of tokens [R, C] of cache rows [R]; position = length is padding."""
-    _, cache = bind(config, params)(tokens, positions, cache=cache, rows=rows)
-    return cache
+    _, written = bind(config, params)(tokens, positions, cache=cache, rows=rows)
+    assert written is not None
+    return written
 
 
 def _decode(
@@ -350,7 +354,7 @@ def _decode(
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         i, cache, lanes, tokens, logprobs = state
         position = jnp.where(lanes.active, lanes.position, cache.length)
-        hidden, cache = model(lanes.token[:, None], position[:, None], cache=cache)
+        hidden, written = model(lanes.token[:, None], position[:, None], cache=cache)
         logits = jnp.matmul(
             hidden[:, 0], head.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
@@ -365,7 +369,7 @@ def _decode(
             active=active & ~ended,
             remaining=lanes.remaining - 1,
         )
-        return i + 1, cache, lanes, tokens, logprobs
+        return i + 1, written, lanes, tokens, logprobs
 
     def more(state: tuple[Any, ...]) -> jax.Array:
         return (state[0] < limit) & state[2].active.any()
@@ -418,10 +422,10 @@ def _passes(upto: jax.Array, draw: jax.Array) -> jax.Array:
     return index[:, None]
 
 
-def _uniform(seed: jax.Array, index: jax.Array) -> jax.Array:
+def _uniform(seed: Array, index: Array) -> jax.Array:
     """One number in [0, 1) per slot, a function of its seed [slots, 2] and token index [slots]."""
 
-    def one(seed: jax.Array, index: jax.Array) -> jax.Array:
+    def one(seed: Array, index: Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed[0]), seed[1])
         return jax.random.uniform(jax.random.fold_in(key, index))
 

@@ -264,7 +264,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = [(n, f["dtype"], tuple(f["shape"]), *f["data_offsets"]) for n, f in header.items()]
+        entries = [
+            (n, f["dtype"], tuple(f["shape"]), *f["data_offsets"]) for n, f in header.items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is truncated or not a safetensors file ({size} bytes)") from None
     tensors: dict[str, np.ndarray] = {}

@@ -107,7 +107,7 @@ class Block(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]; ``attention`` maps q [B,T,H,hd], k, v [B,T,K,hd] to [B,T,H*hd]."""
+        """x [B, T, D] to the same; ``attention`` takes q [B,T,H,hd], k and v [B,T,K,hd]."""
         c, (b, t, _) = self.config, x.shape
         h = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
         q, k, v = (dense(h, w[...]).reshape(b, t, -1, c.head_dim) for w in (self.q, self.k, self.v))
@@ -126,6 +126,7 @@ class Qwen3(nnx.Module):
         self.config = config
         v, d, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
         self.embed = _param(config, rngs, (v, d), ("vocab", "embed"), d**-0.5)
+        self.layers: Any  # one Block of stacked parameters, or a list of Blocks
         if stacked:
             split = nnx.split_rngs(splits=layers)
             self.layers = split(nnx.vmap(lambda r: Block(config, rngs=r)))(rngs)
@@ -198,7 +199,8 @@ class Qwen3(nnx.Module):
         block = cache.v[0][0].shape[2]
         used = jnp.max(jnp.where(positions < cache.length, positions, 0)) // block + 1
         at = jnp.arange(x.shape[0]) if rows is None else rows
-        keys, values = [], []
+        keys: list[list[jax.Array]] = []
+        values: list[list[jax.Array]] = []
 
         def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             for i in range(len(cache.k[0])):

@@ -37,14 +37,15 @@ class Tokenizer:
     """Encodes and decodes; made by `train` or `Tokenizer.load`."""
 
     def __init__(self, backend: Backend) -> None:
-        missing = [name for name in SPECIAL if backend.token_to_id(name) is None]
+        ids = {name: backend.token_to_id(name) for name in SPECIAL}
+        missing = [name for name, number in ids.items() if number is None]
         if missing:
             raise InputError(f"tokenizer: special tokens {missing} are missing")
         # plain text is encoded by a copy that has never heard of the special tokens
         spec = json.loads(backend.to_str())
         spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["special"]]
         self._backend, self._plain = backend, Backend.from_str(json.dumps(spec))
-        self._special = {name: backend.token_to_id(name) for name in SPECIAL}
+        self._special = {name: number for name, number in ids.items() if number is not None}
         self.vocab_size = backend.get_vocab_size()
 
     def encode(self, text: str, *, special: bool) -> list[int]:

@@ -24,6 +24,7 @@ class AgentConfig:
       max_turns: policy turns; a turn may hold several tool calls.
       max_tokens: whole episode, prompt included; also the length of the KV cache.
       max_new_tokens: sampled in one turn.
+      temperature: of sampling, in rollouts and evaluations alike.
       thinking: Qwen3's thinking mode.
       declare_tools: put the tools' JSON schemas into the system turn.
     """
@@ -31,6 +32,7 @@ class AgentConfig:
     max_turns: int = 8
     max_tokens: int = 1024
     max_new_tokens: int = 96
+    temperature: float = 1.0
     thinking: bool = False
     declare_tools: bool = False
 

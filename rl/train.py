@@ -64,6 +64,7 @@ async def train_rl(
     run: Path,
     *,
     seed: int,
+    temperature: float,
     rollout: Rollout,
     publish: Publish,
     mesh: Mesh | None = None,
@@ -71,7 +72,8 @@ async def train_rl(
 ) -> Params:
     """Train from `params`, also the reference policy, in the run folder `run`.
 
-    `rollout` runs episodes with the weights that were last given to `publish(params, version)`.
+    `rollout` runs episodes with the weights that were last given to `publish(params, version)`,
+    sampling at `temperature`.
     Resumes after the last checkpoint; the episodes of each step are kept in `trajectories/`.
     """
     if len(tasks) < config.tasks_per_step:
@@ -92,7 +94,7 @@ async def train_rl(
         )
 
     updates = config.steps * config.updates_per_step
-    learner = Learner(model, config.optimizer.build(updates), loss, mesh)
+    learner = Learner(model, config.optimizer.build(updates), loss, mesh, temperature)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "rl")
     state = learner.init(params)

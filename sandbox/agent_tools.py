@@ -15,6 +15,7 @@ from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxError, TestReport
 from sandbox.mutate import functions
 
+_NUMBERED = re.compile(r"(\d{1,9}) ?(.*)")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 MAX_VIEW_LINES = 40
@@ -60,12 +61,10 @@ TOOLS: tuple[dict, ...] = (
     ),
     _tool(
         "edit",
-        "Replace `old`, which must occur exactly once (on `line`, if given), by `new`.",
-        ("path", "old", "new"),
+        "Rewrite lines of a file, given as `view` shows them: each with its number, then its text.",
+        ("path", "lines"),
         path="file, relative to the repository",
-        line="the line that holds `old`",
-        old="text to replace",
-        new="replacement",
+        lines="numbered lines that take the place of those with the same numbers",
         undo="first take back every earlier edit",
     ),
     _tool("run_tests", "Run the tests of this task."),
@@ -177,30 +176,27 @@ class ToolBox:
             shown.append(f"({len(found) - MAX_MATCHES} more)")
         return "\n".join(shown)
 
-    async def _edit(
-        self, path: str, old: str, new: str, line: int | None = None, undo: bool = False
-    ) -> str:
+    async def _edit(self, path: str, lines: str, undo: bool = False) -> str:
         if undo:
             for edited, data in self._before_edit.items():
                 await self._sandbox.write(edited, data)
             self._before_edit.clear()
         source = await self._source(path)
-        if not old or old == new:
-            raise CallError("`old` must not be empty and must differ from `new`")
-        start, end = 0, len(source)
-        if line is not None:
-            lines = source.splitlines(keepends=True)
-            if not 1 <= line <= len(lines):
-                raise CallError(f"{path} has {len(lines)} lines")
-            start = sum(map(len, lines[: line - 1]))
-            end = start + len(lines[line - 1])
-        count = source.count(old, start, end)
-        where = f"on line {line}" if line is not None else f"in {path}"
-        if count != 1:
-            raise CallError(f"`old` occurs {count} times {where}")
-        at = source.index(old, start, end)
+        present = source.splitlines(keepends=True)
+        for numbered in lines.split("\n"):
+            match = _NUMBERED.fullmatch(numbered)
+            if match is None:
+                raise CallError("each line must start with its number, as in a view")
+            number = int(match[1])
+            if not 1 <= number <= len(present):
+                raise CallError(f"{path} has {len(present)} lines")
+            old = present[number - 1]
+            present[number - 1] = match[2] + old[len(old.rstrip("\r\n")) :]
+        changed = "".join(present)
+        if changed == source:
+            raise CallError("these lines are what the file holds already")
         self._before_edit.setdefault(path, source.encode())
-        await self._sandbox.write(path, (source[:at] + new + source[at + len(old) :]).encode())
+        await self._sandbox.write(path, changed.encode())
         return "edited"
 
     async def _run_tests(self) -> str:

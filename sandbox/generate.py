@@ -117,7 +117,7 @@ def modules(package: Package) -> Iterable[tuple[str, str]]:
 def fingerprints_of(source: str) -> dict[str, str]:
     """The fingerprint of each function that has a name of its own, by qualified name."""
     found, names = {}, Counter(span.name for span in functions(source))
-    for span, node in Code(source).functions():
+    for span, node in Code(source).functions:
         body = node.body
         if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             body = body[1:]

@@ -58,7 +58,8 @@ class LocalPool:
     """Up to `size` sandboxes at a time, started when first wanted, in a private folder.
 
     `backend`: "bwrap", "plain", or "auto": the first if it works here. After the first lease the
-    attribute tells which it is. `memo`, if given, answers test runs that were made before.
+    attribute tells which it is. `memo`, if given, answers test runs that were made before. `warn`
+    is told, once, what the plain backend does not contain.
     Use it from a thread that lives as long as the pool does: sandboxes die with it.
     """
 
@@ -68,6 +69,7 @@ class LocalPool:
         limits: Limits | None = None,
         backend: str = "auto",
         memo: TestMemo | None = None,
+        warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ) -> None:
         if size < 1:
             raise InputError(f"a sandbox pool needs at least one slot, not {size}")
@@ -77,11 +79,13 @@ class LocalPool:
         self.limits = limits or Limits()
         self.backend = backend
         self.memo = memo
+        self._warn = warn
+        self._warned = False
         self._folder: Path | None = None
         self._lock_fd = -1
         self._slots: list[Slot] = []
         self._idle: list[Slot] = []
-        self._waiting: deque[asyncio.Future[Slot]] = deque()
+        self._waiting: deque[asyncio.Future[Slot | None]] = deque()
         self._wanted = 0  # slots there are or that are being started
         self._closed = False
         self._choosing = asyncio.Lock()
@@ -135,27 +139,34 @@ class LocalPool:
                 slot = await self._new_slot()
             except BaseException:
                 self._wanted -= 1
+                self._give(None)
                 raise
             self._slots.append(slot)
             return slot
-        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Slot | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         try:
-            return await future
+            given = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
                 self._give(future.result())
             raise
+        return given or await self._take(root)
 
-    def _give(self, slot: Slot) -> None:
-        if slot not in self._slots:
+    def _give(self, slot: Slot | None) -> None:
+        """Hand a slot to whoever waits longest; None: the right to start one."""
+        if slot is not None and slot not in self._slots:
             return  # closed meanwhile
+        if not self._pass_on(slot) and slot is not None:
+            self._idle.append(slot)
+
+    def _pass_on(self, slot: Slot | None) -> bool:
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(slot)
-                return
-        self._idle.append(slot)
+                return True
+        return False
 
     async def _new_slot(self) -> Slot:
         if self._folder is None:
@@ -164,7 +175,10 @@ class LocalPool:
             async with self._choosing:
                 if self.backend == "auto":
                     return await self._choose()
-        return await self._start_slot(self.backend)
+        slot = await self._start_slot(self.backend)
+        if self.backend == "plain":
+            self._warn_once(slot, "it was asked for")
+        return slot
 
     async def _choose(self) -> Slot:
         """The first slot, with whichever backend works."""
@@ -174,8 +188,13 @@ class LocalPool:
         except (SandboxBroken, InputError) as error:
             slot = await self._start_slot("plain")
             self.backend = "plain"
-            print(plain_warning(slot, str(error)), file=sys.stderr)
+            self._warn_once(slot, f"bubblewrap does not work here: {error}")
         return slot
+
+    def _warn_once(self, slot: Slot, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(plain_warning(slot, reason))
 
     async def _start_slot(self, backend: str) -> Slot:
         assert self._folder is not None
@@ -252,9 +271,9 @@ def sweep(home: Path) -> None:
 def plain_warning(slot: Slot, reason: str) -> str:
     """What a user must know before running untrusted code with the plain backend."""
     lines = [
-        "remend: WARNING: the sandbox is NOT isolated on this machine.",
-        f"  bubblewrap does not work here ({reason}).",
-        "  Code under repair can read every file that you can.",
+        "remend: WARNING: code under repair runs in the plain sandbox, which does NOT isolate it.",
+        f"  Why: {reason}.",
+        "  It can read every file that you can.",
     ]
     if slot.facts["uid"] == os.geteuid():
         lines.append("  It runs as you, and can write every file that you can.")
@@ -322,9 +341,11 @@ class LocalSandbox:
                 if (report := memo.get(key)) is not None:
                     return report
             message = {"op": "test", "ids": ids, "python_path": list(tree.python_path)}
+            self._commands_ran = True  # should this be cancelled before it is tidied up
             report = read_report(await self._ask(message, timeout_s), ids)
             if self._known:
                 await _in_thread(workspace.restore)
+                self._commands_ran = False
             if memo is not None and key is not None:
                 memo.put(key, report)
             return report

@@ -11,7 +11,6 @@ the task generator applies it to correct code, the search-based repairer to bugg
 from __future__ import annotations
 
 import ast
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from sandbox.operators import OPERATORS, REVERSIBLE, Scope
 from sandbox.source import Code, Cut, FunctionNode, FunctionSpan
 
 __all__ = [
-    "OPERATORS", "REVERSIBLE", "Edit", "FunctionSpan", "apply", "functions", "inverse", "minimal",
-    "mutations",
+    "OPERATORS", "REVERSIBLE", "Edit", "FunctionSpan", "apply", "functions", "inverse", "mutations",
 ]  # fmt: skip
 
 
@@ -46,7 +44,7 @@ def functions(source: str) -> list[FunctionSpan]:
 
     Raises InputError when the source does not parse.
     """
-    return [span for span, _ in _parsed(source).functions()]
+    return [span for span, _ in _parsed(source).functions]
 
 
 def mutations(source: str, function: str | None = None) -> list[Edit]:
@@ -59,7 +57,7 @@ def mutations(source: str, function: str | None = None) -> list[Edit]:
     """
     code = _parsed(source)
     outermost: list[tuple[FunctionSpan, FunctionNode]] = []
-    for span, node in code.functions():
+    for span, node in code.functions:
         wanted = function is None or span.name == function
         if wanted and not any(outer.line <= span.line <= outer.end_line for outer, _ in outermost):
             outermost.append((span, node))
@@ -90,47 +88,10 @@ def inverse(edit: Edit) -> Edit:
     return Edit(edit.line, last, edit.new, edit.old, edit.operator)
 
 
-def minimal(old_line: str, new_line: str) -> tuple[str, str]:
-    """The shortest token-aligned replacement that turns one line into another.
-
-    Returns `(old, new)` where `old` occurs exactly once in `old_line` and replacing it by `new`
-    gives `new_line`. A fragment neither starts nor ends with blanks unless nothing else will do.
-    """
-    if old_line == new_line:
-        raise ValueError("the lines are equal")
-    old, new = _words(old_line), _words(new_line)
-    shortest = min(len(old), len(new))
-    head = next((i for i in range(shortest) if old[i] != new[i]), shortest)
-    room = shortest - head
-    tail = next((i for i in range(room) if old[-1 - i] != new[-1 - i]), room)
-    best: tuple[tuple[bool, int], str, str] | None = None
-    for left in range(head, -1, -1):
-        for right in range(tail, -1, -1):
-            before = "".join(old[left : len(old) - right])
-            after = "".join(new[left : len(new) - right])
-            if best is not None and len(before) > best[0][1] and not best[0][0]:
-                continue
-            if before and _count(old_line, before) == 1:
-                ragged = before != before.strip() or (bool(after) and after != after.strip())
-                rank = (ragged, len(before))
-                if best is None or rank < best[0]:
-                    best = (rank, before, after)
-    return (best[1], best[2]) if best else (old_line, new_line)
-
-
 @lru_cache(maxsize=4)
 def _parsed(source: str) -> Code:
-    """Callers ask again and again about functions of one module."""
+    """Callers ask about one file again and again, function by function."""
     return Code(source)
-
-
-def _words(line: str) -> list[str]:
-    return re.findall(r"\w+|\s+|\*\*=|//=|==|!=|<=|>=|->|:=|[-+*/%&|^]=|\*\*|//|<<|>>|.", line)
-
-
-def _count(text: str, part: str) -> int:
-    """Occurrences, overlapping ones too."""
-    return sum(text.startswith(part, i) for i in range(len(text)))
 
 
 def _mutations(code: Code, span: FunctionSpan, function: FunctionNode) -> Iterator[Edit]:

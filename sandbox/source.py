@@ -13,8 +13,9 @@ import re
 import tokenize
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from configs.errors import InputError
 
@@ -125,19 +126,25 @@ class Code:
             before, after = before - 1, after + 1
         return start, end
 
-    def functions(self) -> Iterator[tuple[FunctionSpan, FunctionNode]]:
+    @cached_property
+    def functions(self) -> list[tuple[FunctionSpan, FunctionNode]]:
         """Every function and method, in source order."""
-        yield from self._functions(self.tree, "")
+        return list(_functions(self.tree.body, ""))
 
-    def _functions(self, node: ast.AST, prefix: str) -> Iterator[tuple[FunctionSpan, FunctionNode]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                name = prefix + child.name
-                first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
-                assert child.end_lineno is not None
-                yield FunctionSpan(name, first, child.end_lineno), child
-                yield from self._functions(child, f"{name}.<locals>.")
-            elif isinstance(child, ast.ClassDef):
-                yield from self._functions(child, f"{prefix}{child.name}.")
-            else:
-                yield from self._functions(child, prefix)
+
+def _functions(body: Iterable[ast.AST], prefix: str) -> Iterator[tuple[FunctionSpan, FunctionNode]]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            name = prefix + node.name
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            assert node.end_lineno is not None
+            yield FunctionSpan(name, first, node.end_lineno), node
+            yield from _functions(node.body, f"{name}.<locals>.")
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node.body, f"{prefix}{node.name}.")
+        else:
+            # statements that hold statements; expressions hold no functions with a name
+            for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+                inner = getattr(node, field, ())
+                if isinstance(inner, list):
+                    yield from _functions(inner, prefix)

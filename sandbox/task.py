@@ -25,13 +25,15 @@ from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 from configs.errors import InputError
 from configs.paths import cache_dir
 from sandbox.base import Tree
 from sandbox.packages import INDEX, Release, adopt, fetch, load_packages
 from sandbox.patch import apply_patch, make_patch
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = "1.4"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -196,7 +198,7 @@ def load_tasks(
     limit: int | None = None,
     done: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Task]:
-    """The tasks of an index, in its order, of one split or all, at most `limit`.
+    """The tasks of an index, in its order, of one split or all; `limit` of them, evenly spread.
 
     `index` is "shipped", another index file (`.jsonl`), or a folder of task directories. Tasks of
     an index file are made once and kept in the cache as Harbor directories. `done` is told how
@@ -212,10 +214,10 @@ def load_tasks(
         if not folders:
             raise InputError(f"{path}: no task directories in it")
         tasks = [Task.load(folder) for folder in folders]
-        return [task for task in tasks if split in (None, task.split)][:limit]
+        return _spread([task for task in tasks if split in (None, task.split)], limit)
     if not path.is_file():
         raise InputError(f"{path}: no such task index")
-    rows = [row for row in read_rows(path) if split in (None, row.split)][:limit]
+    rows = _spread([row for row in read_rows(path) if split in (None, row.split)], limit)
     packages = load_packages()
     fetch(packages[row.package] for row in rows if row.package in packages)
     home = cache_dir() / "tasks" / _stamp(path)
@@ -230,6 +232,13 @@ def load_tasks(
             _save_whole(ready[row.name], folder)
         done(len(ready), len(rows))
     return [ready[row.name] for row in rows]
+
+
+def _spread(items: list[T], limit: int | None) -> list[T]:
+    """At most `limit` items at even distances: an index is sorted by package."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def _save_whole(task: Task, folder: Path) -> None:

@@ -36,7 +36,6 @@ _WITHOUT = (
 # read by other plugins and by conftest files, and set by none that is left
 _OPTIONS = (("verbose", 0), ("trace", False), ("usepdb", False))
 
-
 # what many tests import
 _AHEAD = ("asyncio", "decimal", "fractions", "subprocess", "unittest", "unittest.mock")
 

@@ -94,6 +94,7 @@ class Learner:
     Args:
       mesh: rows of a microbatch are split over its `data` axis, parameters replicated; None for
         one device.
+      temperature: log-probabilities are of softmax(logits / temperature), as they were sampled.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Learner:
         optimizer: optax.GradientTransformation,
         loss: Loss,
         mesh: Mesh | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self._optimizer = optimizer
         self._whole = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -112,7 +114,9 @@ class Learner:
             hidden, _ = model(rows.tokens, rows.positions, rows.segments)
             hidden = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
             flat = hidden.reshape(-1, hidden.shape[-1])
-            logprob, entropy = token_logprobs(flat, model.head(), rows.target.reshape(-1))
+            logprob, entropy = token_logprobs(
+                flat, model.head(), rows.target.reshape(-1), temperature=temperature
+            )
             return logprob.reshape(rows.target.shape), entropy.reshape(rows.target.shape)
 
         def accumulate(

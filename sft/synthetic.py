@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from configs.errors import InputError
 from sandbox.agent_tools import ToolCall
-from sandbox.mutate import Edit, functions, minimal, mutations
+from sandbox.mutate import Edit, functions, mutations
 from sft.chat import Renderer
 from sft.packing import Example
 from sft.teacher import RUN, SUBMIT
@@ -28,7 +28,7 @@ MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
 CODE_SHARE = 0.1
 # Share of episodes that end with a second look at the repaired function, all of it with loss. It is
 # nearly a copy of the first look: nothing teaches a small model to copy as quickly.
-REVIEW_SHARE = 0.5
+REVIEW_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RepairEpisodes:
         margin = len(function.lines[0]) - len(lines[0])
         for bug in bugs:
             lines[bug.line - 1] = bug.new
-        calls = [self._call(function, bug.line, bug.new, bug.old) for bug in bugs]
+        calls = [self._call(function, bug.line, bug.old) for bug in bugs]
         shown = [" " * margin * bool(line) + line for line in lines]
         wrong = [] if several else self._wrong(function, lines, calls[0])
         return self._render(function, shown, bugs[0].line, calls, wrong)
@@ -115,17 +115,15 @@ class RepairEpisodes:
         calls: list[ToolCall] = []
         for _ in range(count if edits else 0):
             edit = self._pick(edits, 1)[0]
-            call = self._call(function, edit.line, edit.old, edit.new)
+            call = self._call(function, edit.line, edit.new)
             if call not in calls and call != right:
                 calls.append(call)
         return calls
 
-    def _call(self, function: Function, line: int, old: str, new: str) -> ToolCall:
-        before, after = minimal(old, new)
-        number = function.line + line - 1
-        return ToolCall(
-            "edit", {"path": function.module, "line": number, "old": before, "new": after}
-        )
+    def _call(self, function: Function, line: int, new: str) -> ToolCall:
+        margin = len(function.lines[0]) - len(function.lines[0].lstrip())
+        text = f"{function.line + line - 1} {' ' * margin}{new}"
+        return ToolCall("edit", {"path": function.module, "lines": text})
 
     def _render(
         self,

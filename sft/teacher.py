@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from configs.errors import InputError
 from sandbox.agent_tools import ToolCall
-from sandbox.mutate import Edit, minimal, mutations
+from sandbox.mutate import Edit, mutations
 
 # A line named by the traceback is this much likelier to be tried before another one.
 TRACEBACK_BOOST = 4.0
@@ -70,6 +70,7 @@ class SearchTeacher:
                 numbers.append(int(match[1]))
                 lines.append(match[2])
         source = textwrap.dedent("\n".join(lines)) + "\n"
+        margin = " " * (len(lines[0]) - len(source.split("\n")[0])) if lines else ""
         try:
             edits = [e for e in mutations(source) if e.line == e.end_line]
         except InputError:  # the view was cut: nothing to work on
@@ -85,11 +86,9 @@ class SearchTeacher:
             # exponential race (Efraimidis & Spirakis 2006): sorted keys are a weighted shuffle
             return -math.log(1.0 - self._random.random()) / weight
 
-        calls: dict[tuple[int, str, str], ToolCall] = {}
+        calls: list[ToolCall] = []
         for edit in sorted(edits, key=key):
-            old, new = minimal(edit.old.rstrip("\n"), edit.new.rstrip("\n"))
-            line = numbers[edit.line - 1]
             again = {"undo": True} if calls else {}
-            call = self._call("edit", line=line, old=old, new=new, **again)
-            calls.setdefault((line, old, new), call)
-        return list(calls.values())
+            line = f"{numbers[edit.line - 1]} {margin}{edit.new}"
+            calls.append(self._call("edit", lines=line, **again))
+        return calls

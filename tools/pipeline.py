@@ -19,7 +19,7 @@ from configs.errors import InputError
 from configs.files import write_atomic
 from configs.schema import dump
 from model.decode import Engine
-from model.hf import LoadedPolicy, load_hf, save_hf
+from model.hf import load_hf, save_hf
 from model.qwen3 import Params
 from model.sharding import data_mesh, simulate_devices
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
@@ -63,7 +63,6 @@ class ServerConfig:
     """The in-process policy server. `slots`: episodes that hold a KV cache at one time."""
 
     slots: int = 48
-    temperature: float = 1.0
     prefill_chunk: int = 64
     prefill_rows: int = 8
 
@@ -108,13 +107,17 @@ POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
 class Pipeline:
     """A run folder and everything needed to work in it.
 
-    Heavy parts (JAX, the starting policy) are made when a stage first wants them. Use as an async
-    context manager: leaving it ends every sandbox.
+    Everything that a run reads is checked here, before anything is written. Use as an async context
+    manager: leaving it ends every sandbox.
     """
 
     def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
+        _check(config)
         simulate_devices(config.devices)
         self.config, self.run, self.seed = config, run, seed
+        self.start = load_hf(
+            POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy)
+        )
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
         self._keep_config()
@@ -130,12 +133,6 @@ class Pipeline:
 
     async def __aexit__(self, *_: object) -> None:
         await self.pool.close()
-
-    @functools.cached_property
-    def start(self) -> LoadedPolicy:
-        """The policy that SFT starts from."""
-        name = self.config.policy
-        return load_hf(POLICIES / "tiny" if name == "shipped" else Path(name))
 
     @functools.cached_property
     def renderer(self) -> Renderer:
@@ -164,7 +161,7 @@ class Pipeline:
     def served(self, name: str) -> InProcessServer:
         """The engine as a policy called `name`; its weights are whatever was last published."""
         end = self.start.tokenizer.id("<|im_end|>")
-        return InProcessServer(self.engine, name, (end,), self.config.server.temperature)
+        return InProcessServer(self.engine, name, (end,), self.config.agent.temperature)
 
     # stages
 
@@ -218,6 +215,7 @@ class Pipeline:
                     self.train_tasks,
                     self.run,
                     seed=self.seed,
+                    temperature=self.config.agent.temperature,
                     rollout=rollout,
                     publish=publish,
                     mesh=self.mesh,
@@ -284,6 +282,20 @@ class Pipeline:
             raise InputError(
                 f"{self.run} holds a run with another config or seed: choose another --out, "
                 "or delete that folder"
+            )
+
+
+def _check(config: RunConfig) -> None:
+    """Refuse shapes that some episode would not fit, before it is rolled out."""
+    agent = config.agent
+    targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
+    for name, rows in (("sft", config.sft), ("rl", config.rl)):
+        if rows.row_tokens < agent.max_tokens:
+            raise InputError(f"{name}.row_tokens must be at least agent.max_tokens")
+        if rows.row_targets < targets:
+            raise InputError(
+                f"{name}.row_targets must be at least {targets}: an episode of {agent.max_turns} "
+                f"turns of {agent.max_new_tokens} tokens may hold so many"
             )
 
 

@@ -47,9 +47,10 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
     from rl.report import write_report
     from tools.pipeline import Pipeline
 
+    began = time.monotonic()
+    pipeline = Pipeline(config, run, seed)
     clock = _Clock(run)
-    with clock.phase("tasks"):
-        pipeline = Pipeline(config, run, seed)
+    clock.add("tasks", time.monotonic() - began)
     async with pipeline:
         evaluated = {}
         with clock.phase("teacher"):

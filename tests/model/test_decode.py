@@ -1,4 +1,4 @@
-"""The engine: what an episode samples depends on its weights, tokens and seed, and on nothing else."""
+"""The engine: what an episode samples depends on its weights, tokens and seed alone."""
 
 from __future__ import annotations
 

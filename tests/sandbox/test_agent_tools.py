@@ -68,9 +68,9 @@ def test_a_repair(tree: Tree) -> None:
         tree,
         RUN,
         ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
-        edit(line=3, old="<=", new="<"),
+        edit(lines="3         if value < low:"),
         RUN,
-        edit(line=4, old=" + 1", new="", undo=True),
+        edit(lines="4             return low", undo=True),
         RUN,
     )
     assert texts[0] == (
@@ -98,11 +98,12 @@ def test_a_repair(tree: Tree) -> None:
         (ToolCall("view", {"path": "box.py", "line": 99}), "has 9 lines"),
         (ToolCall("view", {"path": "../../etc/passwd"}), "error"),
         (ToolCall("view", {"path": "/etc/passwd"}), "error"),
-        (edit(old="low", new="high"), "occurs 4 times in box.py"),
-        (edit(line=3, old="high", new="low"), "occurs 0 times on line 3"),
-        (edit(line=3, old="", new="x"), "must not be empty"),
-        (edit(line=0, old="a", new="b"), "has 9 lines"),
-        (ToolCall("edit", {"path": "gone.py", "old": "a", "new": "b"}), "gone.py"),
+        (edit(lines="if value < low:"), "must start with its number"),
+        (edit(lines="3         if value <= low:"), "what the file holds already"),
+        (edit(lines="10 x = 1"), "has 9 lines"),
+        (edit(lines="0 x = 1"), "has 9 lines"),
+        (edit(lines="1 x = 1\n" + "9" * 5000 + " y"), "must start with its number"),
+        (ToolCall("edit", {"path": "gone.py", "lines": "1 x"}), "gone.py"),
         (ToolCall("search", {"text": ""}), "one line of text"),
     ],
 )
@@ -110,6 +111,13 @@ def test_wrong_calls_are_answered_and_change_nothing(tree: Tree, call: ToolCall,
     texts, diff = converse(tree, call)
     assert texts[0].startswith("error: ") and says in texts[0]
     assert diff == ""
+
+
+def test_several_lines_at_once_keep_their_line_ends(tree: Tree) -> None:
+    (tree.root / "box.py").write_bytes(SOURCE.replace("\n", "\r\n").encode())
+    _, diff = converse(tree, edit(lines="3         if value < low:\n4             return low"))
+    added = [line for line in diff.split("\n") if line.startswith("+") and line[:3] != "+++"]
+    assert added == ["+        if value < low:\r", "+            return low\r"]
 
 
 def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
@@ -124,7 +132,7 @@ def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
 def test_a_file_that_no_longer_parses_is_reported(tree: Tree) -> None:
     texts, _ = converse(
         tree,
-        edit(line=1, old="class Box:", new="class Box("),
+        edit(lines="1 class Box("),
         ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
         RUN,
     )

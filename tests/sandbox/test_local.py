@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from sandbox.base import Frame, SandboxError, Tree
+from sandbox.base import Frame, SandboxBroken, SandboxError, Tree
 from sandbox.local import PREFIX, LocalPool, prebuild, sweep
 from sandbox.memo import TestMemo, memo_key
 from sandbox.patch import apply_patch
@@ -537,7 +537,7 @@ def test_auto_falls_back_and_says_so_once(tree: Tree, monkeypatch, capfd) -> Non
     assert all(report.passed(ids("test_add")) for report in box.run(work()))
     assert box.pool.backend == "plain"
     box.close()
-    assert capfd.readouterr().err.count("NOT isolated") == 1
+    assert capfd.readouterr().err.count("does NOT isolate") == 1
 
 
 # -- what was run before
@@ -718,6 +718,63 @@ def test_an_unclosed_pool_is_cleaned_up_at_exit(tree: Tree) -> None:
     assert done.returncode == 0
     assert not Path(done.stdout.strip()).exists()
     assert not marked("87654")
+
+
+def test_those_who_wait_hear_of_a_start_that_failed(tree: Tree) -> None:
+    class Failing(LocalPool):
+        starts = 0
+
+        async def _new_slot(self):
+            self.starts += 1
+            await asyncio.sleep(0.01)
+            if self.starts <= 2:
+                raise SandboxBroken("not yet")
+            return await super()._new_slot()
+
+    async def one(pool):
+        async with pool.lease(tree) as sandbox:
+            return (await sandbox.run_tests(ids("test_add"))).passed(ids("test_add"))
+
+    async def work():
+        async with Failing(1, LIMITS, BACKENDS[0]) as pool:
+            return await asyncio.gather(*(one(pool) for _ in range(4)), return_exceptions=True)
+
+    results = asyncio.run(work())
+    assert [type(result) for result in results[:2]] == [SandboxBroken] * 2
+    assert results[2:] == [True, True]
+
+
+def test_asking_for_plain_warns_once_too(tree: Tree) -> None:
+    told: list[str] = []
+
+    async def work():
+        async with LocalPool(2, LIMITS, "plain", warn=told.append) as pool:
+            async with pool.lease(tree), pool.lease(tree):
+                pass
+
+    asyncio.run(work())
+    assert len(told) == 1 and "does NOT isolate" in told[0]
+
+
+def test_a_cancelled_run_is_not_taken_for_an_untouched_tree(tree: Tree) -> None:
+    """A test that changed the tree and was cancelled: no remembered report may answer for it."""
+    memo = TestMemo()
+    slow = (
+        "import pathlib, time\ndef test():\n    p = pathlib.Path('flag')\n"
+        "    if p.exists(): return\n    p.write_text('x'); time.sleep(60)\n"
+    )
+    tree = dataclasses.replace(tree, overlay={"tests/test_slow.py": slow.encode()})
+    asked = ["tests/test_slow.py::test"]
+
+    async def work():
+        async with LocalPool(1, LIMITS, BACKENDS[0], memo) as pool, pool.lease(tree) as sandbox:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(2):
+                    await sandbox.run_tests(asked)
+            assert (await sandbox.run_tests(asked)).passed(asked)  # `flag` is there, this time
+            assert memo.get(memo_key(tree, tree.overlay, asked, LIMITS, LIMITS.wall_s)) is None
+
+    asyncio.run(work())
 
 
 def test_impossible_pools_are_refused() -> None:

@@ -15,8 +15,6 @@ from collections import Counter
 from types import ModuleType
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from configs.errors import InputError
 from sandbox.mutate import (
@@ -25,7 +23,6 @@ from sandbox.mutate import (
     apply,
     functions,
     inverse,
-    minimal,
     mutations,
 )
 
@@ -147,38 +144,3 @@ def test_crlf_source_keeps_its_line_ends() -> None:
     for edit in mutations(source, "f"):
         assert apply(source, edit).count("\r\n") == 2
         ast.parse(apply(source, edit))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "expected"),
-    [
-        ("    if a < b:", "    if a <= b:", ("<", "<=")),
-        ("x = a + a + b", "x = a + a - b", ("+ b", "- b")),
-        ("return f(a, b)", "return f(b, a)", ("a, b", "b, a")),
-        ("if x:", "if not x:", ("x", "not x")),
-        ("if not x:", "if x:", ("not x", "x")),
-        ("return x", "pass", ("return x", "pass")),
-        ("a[0]", "a[-1]", ("0", "-1")),
-    ],
-)
-def test_minimal_examples(old: str, new: str, expected: tuple[str, str]) -> None:
-    assert minimal(old, new) == expected
-
-
-@given(st.text("ab +=(), ", min_size=1, max_size=14), st.text("ab +=(), ", max_size=14))
-def test_minimal_is_a_unique_replacement(old_line: str, new_line: str) -> None:
-    if old_line == new_line:
-        with pytest.raises(ValueError, match="equal"):
-            minimal(old_line, new_line)
-        return
-    old, new = minimal(old_line, new_line)
-    assert sum(old_line.startswith(old, i) for i in range(len(old_line))) == 1
-    assert old_line.replace(old, new) == new_line
-
-
-def test_minimal_on_real_mutations_is_short() -> None:
-    edits = mutations(inspect.getsource(textwrap))
-    for edit in edits:
-        old, new = minimal(edit.old, edit.new)
-        assert edit.old.replace(old, new) == edit.new and edit.old.count(old) == 1
-        assert old == old.strip() or new == new.strip()

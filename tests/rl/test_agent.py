@@ -1,0 +1,104 @@
+"""Whole episodes on real tasks in real sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from configs.errors import InputError
+from model.tokenizer import Tokenizer
+from rl.agent import AgentConfig, NoopPolicy, Policy, Reply, TeacherPolicy
+from rl.rollout import Episode, run_episodes
+from sandbox.local import LocalPool
+from sandbox.task import Task, load_tasks
+from sandbox.verdict import judge
+from sft.chat import Renderer
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory
+
+pytestmark = pytest.mark.network
+CONFIG = AgentConfig(max_turns=7, max_tokens=4096, max_new_tokens=512)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    """A few tasks of one small package."""
+    try:
+        found = [t for t in load_tasks(split="heldout") if t.package == "inflection"]
+    except InputError as error:
+        pytest.skip(f"packages cannot be fetched: {error}")
+    return found[:6]
+
+
+def run(tasks: Sequence[Task], policy: Policy, render: Renderer, seed: int) -> list[Trajectory]:
+    async def go() -> list[Trajectory]:
+        async with LocalPool(2) as pool:
+            episodes = [Episode(task, seed) for task in tasks]
+            return await run_episodes(episodes, policy, pool, render, CONFIG, concurrency=3)
+
+    return asyncio.run(go())
+
+
+def test_controls_and_teacher(tasks: list[Task], tokenizer: Tokenizer) -> None:
+    render = Renderer(tokenizer)
+    assert not any(t.success for t in run(tasks, NoopPolicy(render), render, 0))
+    taught = [t for seed in range(3) for t in run(tasks, TeacherPolicy(render), render, seed)]
+    assert any(t.success for t in taught)
+    for t in taught:
+        assert t.reward == float(t.success) == float(t.verdict["verdict"] == "pass")
+        assert bool(t.patch) or not t.success
+
+    async def oracle() -> list[str]:
+        async with LocalPool(2) as pool:
+            return [(await judge(task, task.gold_patch, pool)).verdict for task in tasks]
+
+    assert set(asyncio.run(oracle())) == {"pass"}
+
+
+def test_an_episode_is_its_ids(tasks: list[Task], tokenizer: Tokenizer) -> None:
+    """The text of all ids is the conversation, and the policy's ids are the policy's turns."""
+    render = Renderer(tokenizer)
+    for t in run(tasks[:3], TeacherPolicy(render), render, 1):
+        assert len(t.ids) == len(t.author) == len(t.logprobs)
+        written = [i for i, author in zip(t.ids, t.author, strict=True) if author == POLICY]
+        assert tokenizer.decode(written) == "".join(turn.text for turn in t.turns)
+        text = tokenizer.decode(t.ids)
+        assert text.startswith("<|im_start|>system") and t.prompt in text
+        assert all(o in text for turn in t.turns[:-1] for o in turn.observations)
+        assert t.author[0] == ENVIRONMENT and t.author[-1] == POLICY
+
+
+def test_the_same_seed_gives_the_same_episode(tasks: list[Task], tokenizer: Tokenizer) -> None:
+    render = Renderer(tokenizer)
+    first = run(tasks[:2], TeacherPolicy(render), render, 5)
+    again = run(tasks[:2], TeacherPolicy(render), render, 5)
+    assert [t.ids for t in first] == [t.ids for t in again]
+
+
+class _Babbler:
+    """A policy that never says anything useful."""
+
+    name = "babbler"
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+
+    async def open(self, seed: int) -> _Babbler:
+        return self
+
+    async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
+        written = self._ids[:max_new]
+        return Reply(written, [0.0] * len(written), ended=False)
+
+    def close(self) -> None:
+        pass
+
+
+def test_nonsense_is_answered_to_the_last_turn(tasks: list[Task], tokenizer: Tokenizer) -> None:
+    render = Renderer(tokenizer)
+    for text in ("nonsense", "<tool_call>{", '<tool_call>{"name": "rm"}</tool_call>'):
+        ids = tokenizer.encode(text, special=True)
+        (t,) = run(tasks[:1], _Babbler(ids), render, 0)
+        assert t.stop == "turns" and len(t.turns) == CONFIG.max_turns and not t.success
+        assert all(turn.observations[0].startswith("error: ") for turn in t.turns)
