@@ -127,7 +127,9 @@ class Engine:
         self._queue: deque[_Chunk] = deque()
         self._waited = 0  # decode dispatches since a chunk began to wait
         block = BLOCK * max(1, max_len // (BLOCK * MAX_BLOCKS))
-        self._cache = empty_cache(config, slots, max_len, block)
+        # everything on one device by name: arrays that merely happen to be there compile again
+        self._device = jax.local_devices()[0]
+        self._cache = jax.device_put(empty_cache(config, slots, max_len, block), self._device)
         self._prefill = jax.jit(functools.partial(_prefill, config), donate_argnums=1)
         self._decode = jax.jit(
             functools.partial(_decode, config, decode_tokens, truncation), donate_argnums=1
@@ -136,7 +138,7 @@ class Engine:
 
     def set_params(self, params: Params, version: int) -> None:
         """Use these weights from the next step on; cached keys and values stay as they are."""
-        self._params = jax.jit(unstack)(params)
+        self._params = jax.jit(unstack)(jax.device_put(params, self._device))
         self.version = version
 
     def warmup(self) -> None:

@@ -126,7 +126,8 @@ async def run_episode(
     try:
         async with pool.lease(task.tree()) as sandbox:
             tests = (*task.fail_to_pass, *task.pass_to_pass)
-            await _converse(record, session, ToolBox(sandbox, tests), renderer, config)
+            box = ToolBox(sandbox, tests, task.module, task.function)
+            await _converse(record, session, box, renderer, config)
             record.patch = await sandbox.diff()
     finally:
         session.close()

@@ -47,9 +47,8 @@ def _tool(name: str, description: str, required: tuple[str, ...] = (), **propert
 TOOLS: tuple[dict, ...] = (
     _tool(
         "view",
-        "Show numbered lines of a file: the named function, or the lines around `line`.",
-        ("path",),
-        path="file, relative to the repository",
+        "Show numbered lines: the function under repair, another one, or the lines around `line`.",
+        path="file, relative to the repository; the one under repair by default",
         symbol="function, as `name` or `Class.name`",
         line="line to centre on",
     ),
@@ -62,8 +61,8 @@ TOOLS: tuple[dict, ...] = (
     _tool(
         "edit",
         "Rewrite lines of a file, given as `view` shows them: each with its number, then its text.",
-        ("path", "lines"),
-        path="file, relative to the repository",
+        ("lines",),
+        path="file, relative to the repository; the one under repair by default",
         lines="numbered lines that take the place of those with the same numbers",
         undo="first take back every earlier edit",
     ),
@@ -112,10 +111,14 @@ def check_arguments(call: ToolCall) -> None:
 
 
 class ToolBox:
-    """The tools of one episode, acting on one leased sandbox; `tests` are what `run_tests` runs."""
+    """The tools of one episode, acting on one leased sandbox.
 
-    def __init__(self, sandbox: Sandbox, tests: Sequence[str]) -> None:
+    `tests` are what `run_tests` runs; `module` and `function` name what is under repair.
+    """
+
+    def __init__(self, sandbox: Sandbox, tests: Sequence[str], module: str, function: str) -> None:
         self._sandbox, self._tests = sandbox, tuple(tests)
+        self._module, self._function = module, function
         self._before_edit: dict[str, bytes] = {}
         self._last_failure: str | None = None
 
@@ -145,7 +148,12 @@ class ToolBox:
         except UnicodeDecodeError:
             raise CallError(f"{path} is not UTF-8 text") from None
 
-    async def _view(self, path: str, symbol: str | None = None, line: int | None = None) -> str:
+    async def _view(
+        self, path: str | None = None, symbol: str | None = None, line: int | None = None
+    ) -> str:
+        if path is None and symbol is None and line is None:
+            symbol = self._function
+        path = path or self._module
         source = await self._source(path)
         lines = source.splitlines()
         first, last = 1, len(lines)
@@ -176,7 +184,8 @@ class ToolBox:
             shown.append(f"({len(found) - MAX_MATCHES} more)")
         return "\n".join(shown)
 
-    async def _edit(self, path: str, lines: str, undo: bool = False) -> str:
+    async def _edit(self, lines: str, path: str | None = None, undo: bool = False) -> str:
+        path = path or self._module
         if undo:
             for edited, data in self._before_edit.items():
                 await self._sandbox.write(edited, data)

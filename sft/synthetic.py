@@ -20,7 +20,7 @@ from sandbox.agent_tools import ToolCall
 from sandbox.mutate import Edit, functions, mutations
 from sft.chat import Renderer
 from sft.packing import Example
-from sft.teacher import RUN, SUBMIT
+from sft.teacher import RUN, SUBMIT, VIEW
 
 MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
 # Share of the code's own tokens that carry loss: enough to learn what code looks like, and the
@@ -123,7 +123,7 @@ class RepairEpisodes:
     def _call(self, function: Function, line: int, new: str) -> ToolCall:
         margin = len(function.lines[0]) - len(function.lines[0].lstrip())
         text = f"{function.line + line - 1} {' ' * margin}{new}"
-        return ToolCall("edit", {"path": function.module, "lines": text})
+        return ToolCall("edit", {"lines": text})
 
     def _render(
         self,
@@ -141,7 +141,6 @@ class RepairEpisodes:
             f"Tests fail because of a bug in `{function.name}` in `{function.module}`.\n"
             f"Failing: {test}\nFix the source; do not change the tests."
         )
-        view = ToolCall("view", {"path": function.module, "symbol": function.name})
         code = "\n".join(f"{n} {text}" for n, text in enumerate(shown, function.line))
         failure = self._failure(function, shown, bug_line, test)
         ids: list[int] = []
@@ -152,7 +151,7 @@ class RepairEpisodes:
             weight.extend(float(self._random.random() < share) for _ in new)
 
         add(prompt, 0.0)
-        add(render.reply([RUN, view]), 1.0)
+        add(render.reply([RUN, VIEW]), 1.0)
         add(render.observation([failure, code]), CODE_SHARE)
         tries = [([call], 0.0) for call in wrong] + [(calls, 1.0)]
         for i, (edits, w) in enumerate(tries):
@@ -163,7 +162,7 @@ class RepairEpisodes:
             outcome = "all 2 tests pass" if passed else "still failing, same errors"
             add(render.observation(["edited"] * len(edits) + [outcome]), 0.0)
         if self._random.random() < REVIEW_SHARE:
-            add(render.reply([view]), 0.0)
+            add(render.reply([VIEW]), 0.0)
             fixed = "\n".join(f"{n} {text}" for n, text in enumerate(function.lines, function.line))
             add(render.observation([fixed]), 1.0)
         add(render.reply([SUBMIT]), 1.0)
@@ -183,8 +182,6 @@ class RepairEpisodes:
 
 
 def corpus_texts(pool: Iterable[Function]) -> Iterator[str]:
-    """The texts a tokenizer is trained on: numbered code and tool calls, as the model sees them."""
+    """The texts a tokenizer is trained on: numbered code, as the model sees it."""
     for function in pool:
         yield "\n".join(f"{n} {text}" for n, text in enumerate(function.lines, function.line))
-        yield f'{{"name": "view", "arguments": {{"path": "{function.module}", '
-        yield f'"symbol": "{function.name}"}}}}'

@@ -23,9 +23,10 @@ from sandbox.mutate import Edit, mutations
 # A line named by the traceback is this much likelier to be tried before another one.
 TRACEBACK_BOOST = 4.0
 
-_SUSPECT = re.compile(r"`(?P<function>[\w.]+)` in `(?P<module>[^`]+)`")
+_SUSPECT = re.compile(r"`[^`]+` in `(?P<module>[^`]+)`")
 _NUMBERED = re.compile(r"(\d+) ?(.*)")
 RUN = ToolCall("run_tests", {})
+VIEW = ToolCall("view", {})
 SUBMIT = ToolCall("submit", {})
 
 
@@ -38,7 +39,7 @@ class SearchTeacher:
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self._module = self._function = ""
+        self._module = ""
         self._candidates: list[ToolCall] | None = None
         self._tried = 0
 
@@ -48,8 +49,8 @@ class SearchTeacher:
             suspect = _SUSPECT.search(texts[0])
             if suspect is None:
                 return [SUBMIT]
-            self._module, self._function = suspect["module"], suspect["function"]
-            return [RUN, self._call("view", symbol=self._function)]
+            self._module = suspect["module"]
+            return [RUN, VIEW]
         if self._candidates is None:
             self._candidates = self._rank(failure=texts[0], view=texts[1])
         elif texts[-1].startswith("all "):
@@ -58,9 +59,6 @@ class SearchTeacher:
             return [SUBMIT]
         self._tried += 1
         return [self._candidates[self._tried - 1], RUN]
-
-    def _call(self, name: str, **arguments: object) -> ToolCall:
-        return ToolCall(name, {"path": self._module, **arguments})
 
     def _rank(self, failure: str, view: str) -> list[ToolCall]:
         """Every candidate edit of the function on view, in the order they will be tried."""
@@ -90,5 +88,5 @@ class SearchTeacher:
         for edit in sorted(edits, key=key):
             again = {"undo": True} if calls else {}
             line = f"{numbers[edit.line - 1]} {margin}{edit.new}"
-            calls.append(self._call("edit", lines=line, **again))
+            calls.append(ToolCall("edit", {"lines": line, **again}))
         return calls

@@ -6,10 +6,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from model.config import Qwen3Config
-from model.qwen3 import Params, bind, init
+from model.qwen3 import Params, abstract, bind
 
 SMALL = Qwen3Config(
     vocab_size=101,
@@ -26,6 +27,21 @@ SMALL = Qwen3Config(
 )
 
 
+def random_params(config: Qwen3Config, seed: int) -> Params:
+    """Parameters with something at work everywhere: `init` starts blocks as the identity and all
+    scales at one, so that a part that is left out, or a scale forgotten, would not show."""
+    rng = np.random.default_rng(seed)
+
+    def one(path: tuple, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        if "norm" in path[-1].key:
+            value = rng.uniform(0.5, 1.5, spec.shape)
+        else:
+            value = rng.normal(size=spec.shape) * 0.7 * spec.shape[-2] ** -0.5
+        return jnp.asarray(value, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, abstract(config))
+
+
 @pytest.fixture(scope="session")
 def small() -> Qwen3Config:
     return SMALL
@@ -33,7 +49,7 @@ def small() -> Qwen3Config:
 
 @pytest.fixture(scope="session")
 def small_params() -> Params:
-    return init(SMALL, 0)
+    return random_params(SMALL, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

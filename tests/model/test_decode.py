@@ -9,8 +9,8 @@ import pytest
 
 from model.decode import Engine
 from model.logprobs import token_logprobs
-from model.qwen3 import bind, init
-from tests.model.conftest import logits
+from model.qwen3 import bind
+from tests.model.conftest import logits, random_params
 
 SLOTS, MAX_LEN, STOP = 6, 300, 7
 
@@ -209,11 +209,12 @@ def test_new_weights_count_from_the_next_step_and_are_recorded(small, small_para
     engine.extend(slot, _tokens(10, 3))
     engine.sample(slot, max_new=12, temperature=0.0)
     assert engine.step() == []
-    engine.set_params(init(small, 9), 5)
+    engine.set_params(random_params(small, 9), 5)
     result = engine.step() + engine.step()
     assert result[0].versions == [0] * 4 + [5] * 8 and result[0].version == 5
     engine.close(slot)
-    engine.set_params(small_params, 0)
+    engine.set_params(jax.tree.map(np.asarray, small_params), 0)  # from wherever they come
+    assert len(_sample(engine, _tokens(10, 3), max_new=2)) == 2
     assert engine.compiled == 2
 
 

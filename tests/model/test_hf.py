@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs.errors import InputError
 from model.hf import INDEX, MANIFEST, WEIGHTS, load_hf, save_hf
-from model.qwen3 import init
+from tests.model.conftest import random_params
 
 
 def _same(got, want) -> None:
@@ -28,7 +28,7 @@ def _same(got, want) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_bit_for_bit(tmp_path, small, tied, dtype):
     config = replace(small, tie_word_embeddings=tied, param_dtype=dtype)
-    params = init(config, 4)
+    params = random_params(config, 4)
     save_hf(tmp_path / "a", params, config)
     loaded = load_hf(tmp_path / "a", scan_layers=False)
     assert loaded.config == config
@@ -144,7 +144,7 @@ def test_a_write_that_fails_leaves_the_old_folder(folder, small, small_params, m
         save_hf(folder, broken, small)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     assert [p.name for p in folder.parent.iterdir()] == ["ckpt"]  # and nothing beside it
-    save_hf(folder, init(small, 1), small)
+    save_hf(folder, random_params(small, 1), small)
     assert not np.array_equal(load_hf(folder).params["embed"], small_params["embed"])
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from model.config import Qwen3Config
-from model.hf import load_hf, save_hf
+from model.hf import WEIGHTS, load_hf, save_hf
 from model.logprobs import token_logprobs
-from model.qwen3 import bind, init
+from model.qwen3 import bind
+from tests.model.conftest import random_params
 
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install 'remend[parity]'")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
@@ -30,20 +33,10 @@ CONFIG = Qwen3Config(
 )
 
 
-def _random_params(config: Qwen3Config):
-    """Fresh weights with norm scales away from one, so that a forgotten scale shows."""
-    rng = np.random.default_rng(3)
-    params = init(config, 3)
-    for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"):
-        value = params["layers"][name]
-        params["layers"][name] = jnp.asarray(rng.uniform(0.5, 1.5, value.shape), jnp.float32)
-    return params
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_and_logprobs_match_transformers(tmp_path: Path, tied: bool):
     config = replace(CONFIG, tie_word_embeddings=tied)
-    params = _random_params(config)
+    params = random_params(config, 3)
     save_hf(tmp_path / "ckpt", params, config)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ckpt", dtype=torch.float32, attn_implementation="eager"
@@ -64,6 +57,34 @@ def test_logits_and_logprobs_match_transformers(tmp_path: Path, tied: bool):
     np.testing.assert_allclose(ours, want, atol=5e-5)
     want = -(np.exp(golden) * golden).sum(-1)[:, :-1].reshape(-1)
     np.testing.assert_allclose(entropy, want, atol=5e-5)
+
+
+def test_gradients_match_transformers(tmp_path: Path):
+    """Of the mean log-probability, in every kind of parameter; two query blocks long."""
+    config = replace(CONFIG, tie_word_embeddings=True)
+    params = random_params(config, 3)
+    save_hf(tmp_path / "ckpt", params, config)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ckpt", dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 300))
+    logits = reference(torch.tensor(ids)).logits[:, :-1].reshape(-1, config.vocab_size)
+    torch.nn.functional.cross_entropy(logits, torch.tensor(ids[:, 1:].reshape(-1))).backward()
+    theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+
+    @jax.jit
+    @jax.grad
+    def ours(params):
+        model = bind(config, params)
+        hidden, _ = model(jnp.asarray(ids), jnp.broadcast_to(jnp.arange(300), (2, 300)))
+        flat = hidden[:, :-1].reshape(-1, config.hidden_size)
+        return -token_logprobs(flat, model.head(), ids[:, 1:].reshape(-1))[0].mean()
+
+    grads = ours(params)
+    save_hf(tmp_path / "grads", grads, config)  # under transformers' names, in its orientation
+    for name, grad in load_file(tmp_path / "grads" / WEIGHTS).items():
+        np.testing.assert_allclose(grad, theirs.pop(name), atol=2e-6, rtol=1e-3, err_msg=name)
+    assert not theirs
 
 
 @pytest.mark.parametrize("tied", [True, False])

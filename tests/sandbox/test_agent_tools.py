@@ -48,7 +48,7 @@ def converse(tree: Tree, *calls: ToolCall) -> tuple[list[str], str]:
         pool = LocalPool(1)
         try:
             async with pool.lease(tree) as sandbox:
-                box = ToolBox(sandbox, TESTS)
+                box = ToolBox(sandbox, TESTS, "box.py", "Box.clip")
                 return [(await box.call(call)).text for call in calls], await sandbox.diff()
         finally:
             await pool.close()
@@ -67,8 +67,8 @@ def test_a_repair(tree: Tree) -> None:
     texts, diff = converse(
         tree,
         RUN,
-        ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
-        edit(lines="3         if value < low:"),
+        ToolCall("view", {}),
+        ToolCall("edit", {"lines": "3         if value < low:"}),
         RUN,
         edit(lines="4             return low", undo=True),
         RUN,
@@ -90,7 +90,7 @@ def test_a_repair(tree: Tree) -> None:
     ("call", "says"),
     [
         (ToolCall("shell", {"command": "id"}), "no tool 'shell'"),
-        (ToolCall("view", {}), "view needs 'path'"),
+        (ToolCall("edit", {"path": "box.py"}), "edit needs 'lines'"),
         (ToolCall("view", {"path": "box.py", "depth": 3}), "no argument 'depth'"),
         (ToolCall("view", {"path": "box.py", "line": "3"}), "must be a integer"),
         (ToolCall("view", {"path": "box.py", "line": True}), "must be a integer"),
@@ -145,7 +145,9 @@ def test_submit_ends_the_episode(tree: Tree) -> None:
         pool = LocalPool(1)
         try:
             async with pool.lease(tree) as sandbox:
-                return (await ToolBox(sandbox, TESTS).call(ToolCall("submit", {}))).done
+                return (
+                    await ToolBox(sandbox, TESTS, "box.py", "Box.clip").call(ToolCall("submit", {}))
+                ).done
         finally:
             await pool.close()
 

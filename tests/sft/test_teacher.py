@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sandbox.agent_tools import ToolCall
-from sft.teacher import RUN, SUBMIT, SearchTeacher
+from sft.teacher import RUN, SUBMIT, VIEW, SearchTeacher
 
 INSTRUCTION = (
     "Tests fail because of a bug in `Box.clip` in `src/box.py`.\n"
@@ -15,14 +15,14 @@ BUGGY = [
     "            return self.high",
     "        return value",
 ]
-VIEW = "\n".join(f"{n} {line}" for n, line in enumerate(BUGGY, 41))
+SHOWN = "\n".join(f"{n} {line}" for n, line in enumerate(BUGGY, 41))
 FAILURE = "1 of 3 tests fail\nsrc/box.py:42 clip: if value <= self.low:\nTypeError: unorderable"
 
 
 def episode(seed: int, turns: int = 400) -> list[list[ToolCall]]:
     """Everything the teacher does when no edit ever helps."""
     teacher = SearchTeacher(seed)
-    acted = [teacher.act([INSTRUCTION]), teacher.act([FAILURE, VIEW])]
+    acted = [teacher.act([INSTRUCTION]), teacher.act([FAILURE, SHOWN])]
     while acted[-1] != [SUBMIT] and len(acted) < turns:
         acted.append(teacher.act(["edited", "still failing, same errors"]))
     return acted
@@ -30,7 +30,7 @@ def episode(seed: int, turns: int = 400) -> list[list[ToolCall]]:
 
 def test_it_looks_before_it_edits() -> None:
     first = episode(0)[0]
-    assert first == [RUN, ToolCall("view", {"path": "src/box.py", "symbol": "Box.clip"})]
+    assert first == [RUN, VIEW]
 
 
 def test_every_edit_changes_one_line_and_none_repeats() -> None:
@@ -55,7 +55,7 @@ def test_lines_of_the_traceback_come_first_more_often() -> None:
     for seed in range(300):
         teacher = SearchTeacher(seed)
         teacher.act([INSTRUCTION])
-        call = teacher.act(["1 of 3 tests fail\nAssertionError", VIEW])[0]
+        call = teacher.act(["1 of 3 tests fail\nAssertionError", SHOWN])[0]
         quiet += call.arguments["lines"][:2] == "42"
     assert hot > quiet + 40
 
@@ -63,7 +63,7 @@ def test_lines_of_the_traceback_come_first_more_often() -> None:
 def test_it_submits_when_the_tests_pass_and_when_it_can_do_nothing() -> None:
     teacher = SearchTeacher(0)
     teacher.act([INSTRUCTION])
-    teacher.act([FAILURE, VIEW])
+    teacher.act([FAILURE, SHOWN])
     assert teacher.act(["edited", "all 3 tests pass"]) == [SUBMIT]
     assert SearchTeacher(0).act(["Nothing that it understands."]) == [SUBMIT]
 
