@@ -132,7 +132,7 @@ class Learner:
         def update(state: TrainState, grads: Any) -> tuple[TrainState, jax.Array]:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state, state.step + 1), optax.global_norm(grads)
+            return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
 
         self._forward = jax.jit(forward)
         self._accumulate = jax.jit(accumulate, donate_argnums=1)

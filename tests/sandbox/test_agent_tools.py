@@ -102,7 +102,7 @@ def test_a_repair(tree: Tree) -> None:
         (edit(lines="3         if value <= low:"), "what the file holds already"),
         (edit(lines="10 x = 1"), "has 9 lines"),
         (edit(lines="0 x = 1"), "has 9 lines"),
-        (edit(lines="1 x = 1\n" + "9" * 5000 + " y"), "must start with its number"),
+        (edit(lines="1 x = 1\n" + "9" * 5000 + " y"), "has 9 lines"),
         (ToolCall("edit", {"path": "gone.py", "lines": "1 x"}), "gone.py"),
         (ToolCall("search", {"text": ""}), "one line of text"),
     ],
