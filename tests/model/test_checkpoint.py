@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,8 +19,14 @@ import pytest
 from configs.errors import InputError
 from model.checkpoint import Checkpoints, checksums
 
-# Orbax abandons its other reads when one fails; they complain when they are collected.
+# Orbax abandons its other reads when one fails; they complain when they are collected: here, then.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_resume_falls_back(folder, state, 
 
 QUIET = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 import jax.numpy as jnp
 from configs.errors import InputError

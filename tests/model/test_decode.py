@@ -125,13 +125,13 @@ def test_logprobs_match_the_training_forward(small, small_params, alone):
         flat = hidden[:, :-1].reshape(-1, small.hidden_size)
         return token_logprobs(flat, model.head(), ids[:, 1:].reshape(-1))[0].reshape(len(ids), -1)
 
+    assert sum(len(episode.logprobs) for episode in alone.values()) > 100
     ids = np.zeros((len(alone), MAX_LEN), np.int32)
     for row, episode in zip(ids, alone.values(), strict=True):
         row[: len(episode.ids)] = episode.ids
     for want, episode in zip(np.asarray(score(ids)), alone.values(), strict=True):
         index = np.array([i for i, _ in episode.logprobs])
         got = np.array([lp for _, lp in episode.logprobs])
-        assert len(got) >= 20
         np.testing.assert_allclose(got, want[index - 1], atol=1e-4)
 
 
