@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import sys
+from collections.abc import Callable
 
 from configs.errors import InputError
 
@@ -59,11 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if argv else 2
 
 
+def entry(verb: str) -> Callable[[list[str]], int]:
+    """The function behind a verb; importing its module may take a while."""
+    module, _, function = VERBS[verb][0].partition(":")
+    return getattr(importlib.import_module(module), function or "main")
+
+
 def _run(verb: str, argv: list[str]) -> int:
     """Import the verb's module and call it; what a person can mend becomes one line."""
     try:
-        module, _, function = VERBS[verb][0].partition(":")
-        return getattr(importlib.import_module(module), function or "main")(argv)
+        return entry(verb)(argv)
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
