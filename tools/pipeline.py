@@ -20,6 +20,7 @@ from configs.files import write_atomic
 from configs.schema import dump
 from model.decode import Engine
 from model.hf import load_hf, save_hf
+from model.host import keep_freed_memory
 from model.qwen3 import Params
 from model.sharding import data_mesh, simulate_devices
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
@@ -113,6 +114,7 @@ class Pipeline:
 
     def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
         _check(config)
+        keep_freed_memory()
         simulate_devices(config.devices)
         self.config, self.run, self.seed = config, run, seed
         self.start = load_hf(

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
 
     from model.hf import save_hf
+    from model.host import keep_freed_memory
     from model.sharding import data_mesh, simulate_devices
     from model.tokenizer import Tokenizer, train
     from sft.chat import FRAGMENTS, Renderer
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     config = load(PretrainConfig, args.config, args.overrides)
     if config.model.vocab_size != config.vocab_size:
         raise InputError(f"{args.config}: vocab_size and model.vocab_size differ")
+    keep_freed_memory()
     simulate_devices(config.devices)
     functions = _functions()
     saved = args.out / "tokenizer"
