@@ -209,7 +209,9 @@ def _apply(change: FileChange, data: bytes | None) -> bytes | None:
     at = 0
     for hunk in change.hunks:
         end = hunk.start + len(hunk.old)
-        if hunk.start < at or tuple(old[hunk.start : end]) != hunk.old:
+        # a hunk with neither context nor removed lines can only mean an empty file
+        blind = old and not hunk.old
+        if blind or hunk.start < at or tuple(old[hunk.start : end]) != hunk.old:
             raise PatchError(f"patch does not apply: {change.path}, line {hunk.start + 1}")
         new += old[at : hunk.start]
         new += hunk.new

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sandbox.patch import PatchError, apply_patch, make_patch, parse_patch, paths_of
@@ -37,6 +37,7 @@ def test_what_is_made_applies_forth_and_back(old: dict, new: dict) -> None:
 
 
 @given(STATES, STATES)
+@example({"a.py": b""}, {"a.py": b"a\n"})
 def test_a_patch_fits_only_the_state_it_was_made_from(old: dict, new: dict) -> None:
     patch = make_patch(old, new)
     if old != new:
