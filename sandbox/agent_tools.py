@@ -15,7 +15,6 @@ from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxError, TestReport
 from sandbox.mutate import functions
 
-_NUMBERED = re.compile(r"(\d{1,9}) ?(.*)")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 MAX_VIEW_LINES = 40
@@ -60,10 +59,12 @@ TOOLS: tuple[dict, ...] = (
     ),
     _tool(
         "edit",
-        "Rewrite lines of a file, given as `view` shows them: each with its number, then its text.",
-        ("lines",),
+        "Put `new` in the place of `old`, which must begin on `line` there and nowhere else on it.",
+        ("old", "new"),
         path="file, relative to the repository; the one under repair by default",
-        lines="numbered lines that take the place of those with the same numbers",
+        line="line that `old` begins on; without it `old` must occur once in the file",
+        old="text to replace, without line numbers; it may run over several lines",
+        new="text to put there",
         undo="first take back every earlier edit",
     ),
     _tool("run_tests", "Run the tests of this task."),
@@ -184,26 +185,37 @@ class ToolBox:
             shown.append(f"({len(found) - MAX_MATCHES} more)")
         return "\n".join(shown)
 
-    async def _edit(self, lines: str, path: str | None = None, undo: bool = False) -> str:
+    async def _edit(
+        self,
+        old: str,
+        new: str,
+        path: str | None = None,
+        line: int | None = None,
+        undo: bool = False,
+    ) -> str:
         path = path or self._module
         if undo:
             for edited, data in self._before_edit.items():
                 await self._sandbox.write(edited, data)
             self._before_edit.clear()
         source = await self._source(path)
-        present = source.splitlines(keepends=True)
-        for numbered in lines.split("\n"):
-            match = _NUMBERED.fullmatch(numbered)
-            if match is None:
-                raise CallError("each line must start with its number, as in a view")
-            number = int(match[1])
-            if not 1 <= number <= len(present):
-                raise CallError(f"{path} has {len(present)} lines")
-            old = present[number - 1]
-            present[number - 1] = match[2] + old[len(old.rstrip("\r\n")) :]
-        changed = "".join(present)
-        if changed == source:
-            raise CallError("these lines are what the file holds already")
+        if not old:
+            raise CallError("old is empty: give some text to replace")
+        if old == new:
+            raise CallError("old and new are the same")
+        start, stop, where = 0, len(source), path
+        if line is not None:
+            lines = source.splitlines(keepends=True)
+            if not 1 <= line <= len(lines):
+                raise CallError(f"{path} has {len(lines)} lines")
+            start = sum(map(len, lines[: line - 1]))
+            stop, where = start + len(lines[line - 1]), f"line {line}"
+        found = _occurrences(source, old, start, stop)
+        if not found:
+            raise CallError(f"{where} has no such text")
+        if len(found) > 1:
+            raise CallError(f"{where} has that text {len(found)} times: give more of it")
+        changed = source[: found[0]] + new + source[found[0] + len(old) :]
         self._before_edit.setdefault(path, source.encode())
         await self._sandbox.write(path, changed.encode())
         return "edited"
@@ -235,6 +247,16 @@ def describe_failure(report: TestReport) -> str:
         lines.append(f"{frame.path}:{frame.line} {frame.function}: {_clip(frame.source_line)}")
     lines.append(_clip(_ADDRESS.sub("0x", first.error)) or first.outcome)
     return "\n".join(lines)
+
+
+def _occurrences(source: str, text: str, start: int, stop: int) -> list[int]:
+    """Where `text` begins, overlaps counted, at offsets `start <= i < stop`."""
+    found = []
+    at = source.find(text, start)
+    while 0 <= at < stop:
+        found.append(at)
+        at = source.find(text, at + 1)
+    return found
 
 
 def _spans(source: str) -> list[Any]:

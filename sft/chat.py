@@ -26,7 +26,9 @@ FRAGMENTS = (
     '{"name": "run_tests", "arguments": {}}',
     '{"name": "submit", "arguments": {}}',
     '{"name": "view", "arguments": {}}',
-    '{"name": "edit", "arguments": {"lines": "',
+    '{"name": "edit", "arguments": {"line": ',
+    ', "old": "',
+    '", "new": "',
     '"}}',
     '", "undo": true}}',
     "Tests fail because of a bug in `",
@@ -36,6 +38,10 @@ FRAGMENTS = (
     " tests pass",
     "still failing, same errors",
     "AssertionError: assert ",
+    "assistant\n",
+    "edited",
+    "has no such text",
+    " times: give more of it",
 )
 
 _TOOLS_HEAD = (

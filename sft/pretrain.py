@@ -25,6 +25,7 @@ from sft.synthetic import Function, RepairEpisodes
 @dataclass(frozen=True)
 class PretrainConfig:
     """Attributes:
+    libraries: installed packages, by import name, whose functions are learnt from as well.
     tokenizer_functions: functions that the tokenizer is trained on, drawn at random.
     steps: updates, each of `batch_rows` packed rows of `row_tokens`.
     """
@@ -32,6 +33,7 @@ class PretrainConfig:
     model: Qwen3Config
     devices: int = 1
     vocab_size: int = 4096
+    libraries: tuple[str, ...] = ()
     tokenizer_functions: int = 4000
     steps: int = 2400
     batch_rows: int = 8

@@ -20,15 +20,12 @@ from sandbox.agent_tools import ToolCall
 from sandbox.mutate import Edit, functions, mutations
 from sft.chat import Renderer
 from sft.packing import Example
-from sft.teacher import RUN, SUBMIT, VIEW
+from sft.teacher import RUN, SUBMIT, VIEW, edit_call
 
 MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
 # Share of the code's own tokens that carry loss: enough to learn what code looks like, and the
 # vocabulary projection of the rest is saved.
 CODE_SHARE = 0.1
-# Share of episodes that end with a second look at the repaired function, all of it with loss. It is
-# nearly a copy of the first look: nothing teaches a small model to copy as quickly.
-REVIEW_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -79,21 +76,24 @@ class RepairEpisodes:
         self._random = random.Random(seed)
 
     def example(self) -> Example:
-        """One episode: up to three bugs at once, or one bug after up to four wrong tries."""
+        """One episode: up to four bugs mended in one turn, or one bug, perhaps after wrong tries.
+
+        Several bugs give several answers to learn from for one reading of the code; their order is
+        random, so that the first answer is any of them.
+        """
         function = self._random.choice(self._pool)
-        several = self._random.random() < 0.5
-        bugs = self._pick(function.bugs, self._random.choice((1, 2, 3)) if several else 1)
+        bugs = self._pick(function.bugs, self._random.choice((1, 1, 2, 3, 4)))
         lines = list(_dedent(function.lines))
-        margin = len(function.lines[0]) - len(lines[0])
+        margin = " " * (len(function.lines[0]) - len(lines[0]))
         for bug in bugs:
             lines[bug.line - 1] = bug.new
-        calls = [self._call(function, bug.line, bug.old) for bug in bugs]
-        shown = [" " * margin * bool(line) + line for line in lines]
-        wrong = [] if several else self._wrong(function, lines, calls[0])
+        shown = [margin * bool(line) + line for line in lines]
+        calls = [self._call(function, bug.line, bug.new, bug.old) for bug in bugs]
+        wrong = self._wrong(function, lines, calls[0]) if len(bugs) == 1 else []
         return self._render(function, shown, bugs[0].line, calls, wrong)
 
     def _pick(self, bugs: Sequence[Edit], count: int) -> list[Edit]:
-        """Bugs on different lines, kinds of bug equally likely; ordered by line."""
+        """Bugs on different lines, kinds of bug equally likely, in random order."""
         kinds: dict[str, list[Edit]] = defaultdict(list)
         for bug in bugs:
             kinds[bug.operator].append(bug)
@@ -101,11 +101,11 @@ class RepairEpisodes:
         for _ in range(count):
             bug = self._random.choice(kinds[self._random.choice(sorted(kinds))])
             chosen.setdefault(bug.line, bug)
-        return [chosen[line] for line in sorted(chosen)]
+        return list(chosen.values())
 
     def _wrong(self, function: Function, lines: list[str], right: ToolCall) -> list[ToolCall]:
         """Edits that a searcher might try first, in vain."""
-        count = self._random.choice((0, 0, 1, 2, 3, 4))
+        count = self._random.choice((0, 0, 0, 1, 2, 3, 4))
         if not count:
             return []
         try:
@@ -115,15 +115,14 @@ class RepairEpisodes:
         calls: list[ToolCall] = []
         for _ in range(count if edits else 0):
             edit = self._pick(edits, 1)[0]
-            call = self._call(function, edit.line, edit.new)
+            call = self._call(function, edit.line, edit.old, edit.new)
             if call not in calls and call != right:
                 calls.append(call)
         return calls
 
-    def _call(self, function: Function, line: int, new: str) -> ToolCall:
-        margin = len(function.lines[0]) - len(function.lines[0].lstrip())
-        text = f"{function.line + line - 1} {' ' * margin}{new}"
-        return ToolCall("edit", {"lines": text})
+    def _call(self, function: Function, line: int, old: str, new: str) -> ToolCall:
+        margin = " " * (len(function.lines[0]) - len(function.lines[0].lstrip()))
+        return edit_call(function.line + line - 1, margin + old, margin + new)
 
     def _render(
         self,
@@ -142,7 +141,8 @@ class RepairEpisodes:
             f"Failing: {test}\nFix the source; do not change the tests."
         )
         code = "\n".join(f"{n} {text}" for n, text in enumerate(shown, function.line))
-        failure = self._failure(function, shown, bug_line, test)
+        count = self._random.randint(1, 20)
+        failure = self._failure(function, shown, bug_line, test, count)
         ids: list[int] = []
         weight: list[float] = []
 
@@ -159,25 +159,29 @@ class RepairEpisodes:
                 edits = [ToolCall(c.name, {**c.arguments, "undo": True}) for c in edits]
             add(render.reply([*edits, RUN]), w)
             passed = i == len(tries) - 1
-            outcome = "all 2 tests pass" if passed else "still failing, same errors"
+            outcome = f"all {count} tests pass" if passed else "still failing, same errors"
             add(render.observation(["edited"] * len(edits) + [outcome]), 0.0)
-        if self._random.random() < REVIEW_SHARE:
-            add(render.reply([VIEW]), 0.0)
-            fixed = "\n".join(f"{n} {text}" for n, text in enumerate(function.lines, function.line))
-            add(render.observation([fixed]), 1.0)
         add(render.reply([SUBMIT]), 1.0)
         return Example(ids, weight)
 
-    def _failure(self, function: Function, shown: list[str], bug_line: int, test: str) -> str:
+    def _failure(
+        self, function: Function, shown: list[str], bug_line: int, test: str, count: int
+    ) -> str:
         """Test output of the right form; half the time with a traceback at or after the bug."""
-        lines = ["1 of 2 tests fail", test]
-        if self._random.random() < 0.5:
-            at = self._random.choice((bug_line, self._random.randint(bug_line, len(shown))))
-            number, name = function.line + at - 1, function.name.rsplit(".", 1)[-1]
-            lines.append(f"{function.module}:{number} {name}: {shown[at - 1].strip()}")
-            lines.append(self._random.choice(("TypeError", "ValueError", "KeyError", "IndexError")))
+        draw = self._random
+        file, _, name = test.partition("::")
+        called = function.name.rsplit(".", 1)[-1]
+        lines = [
+            f"{draw.randint(1, count)} of {count} tests fail",
+            f"{file}:{draw.randint(5, 400)} {name}: assert {called}(value) == expected",
+        ]
+        if draw.random() < 0.5:
+            at = draw.choice((bug_line, draw.randint(bug_line, len(shown))))
+            number = function.line + at - 1
+            lines.append(f"{function.module}:{number} {function.name}: {shown[at - 1].strip()}")
+            lines.append(draw.choice(("TypeError: ", "ValueError: ", "KeyError: ", "IndexError: ")))
         else:
-            lines.append("AssertionError")
+            lines.append("AssertionError: assert ")
         return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from os.path import commonprefix
 
 from configs.errors import InputError
 from sandbox.agent_tools import ToolCall
@@ -25,6 +26,9 @@ TRACEBACK_BOOST = 4.0
 
 _SUSPECT = re.compile(r"`[^`]+` in `(?P<module>[^`]+)`")
 _NUMBERED = re.compile(r"(\d+) ?(.*)")
+# A name or number with the one character before it, or a run of punctuation: cut like this, pieces
+# of a line are mostly whole tokens, in the line and in the edit that quotes them.
+_PIECE = re.compile(r"[^\w\n]?[^\W\d]\w*|\W?\d+| ?[^\s\w]+|\s+")
 RUN = ToolCall("run_tests", {})
 VIEW = ToolCall("view", {})
 SUBMIT = ToolCall("submit", {})
@@ -86,7 +90,34 @@ class SearchTeacher:
 
         calls: list[ToolCall] = []
         for edit in sorted(edits, key=key):
-            again = {"undo": True} if calls else {}
-            line = f"{numbers[edit.line - 1]} {margin}{edit.new}"
-            calls.append(ToolCall("edit", {"lines": line, **again}))
+            old, new = margin + edit.old, margin + edit.new
+            calls.append(edit_call(numbers[edit.line - 1], old, new, undo=bool(calls)))
         return calls
+
+
+def edit_call(line: int, old: str, new: str, *, undo: bool = False) -> ToolCall:
+    """The smallest `edit` that turns line number `line` from the text `old` into `new`.
+
+    It quotes whole names and operators, and as many as make it unambiguous on the line.
+    """
+    before, after = _PIECE.findall(old), _PIECE.findall(new)
+    start = len(commonprefix([before, after]))
+    rest = before[start:], after[start:]
+    end = len(before) - len(commonprefix([side[::-1] for side in rest]))
+    stop = end - len(before)  # from the end, the same in both
+    while start == end or _count(old, "".join(before[start:end])) > 1:
+        if end < len(before):
+            end, stop = end + 1, stop + 1
+        else:
+            start -= 1
+    arguments = {
+        "line": line,
+        "old": "".join(before[start:end]),
+        "new": "".join(after[start : len(after) + stop]),
+    }
+    return ToolCall("edit", arguments | ({"undo": True} if undo else {}))
+
+
+def _count(text: str, part: str) -> int:
+    """Places where `part` begins in `text`, overlaps counted."""
+    return sum(text.startswith(part, i) for i in range(len(text)))

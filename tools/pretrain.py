@@ -1,15 +1,20 @@
 """`remend pretrain CONFIG --out DIR`: a tokenizer and a tiny policy from package sources.
 
-Sources: the running Python's standard library and the training packages of the shipped index; no
-held-out package is ever read. DIR/policy is a Hugging Face folder, DIR/metrics.jsonl the log.
+Sources: the running Python's standard library, the training packages of the shipped index, and the
+installed `libraries` that the config names; no held-out package is ever read. DIR/policy is a Hugging Face folder, DIR/metrics.jsonl the log.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import random
 import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from configs.errors import InputError
@@ -43,7 +48,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{args.config}: vocab_size and model.vocab_size differ")
     keep_freed_memory()
     simulate_devices(config.devices)
-    functions = _functions()
+    functions = _functions(config.libraries)
     saved = args.out / "tokenizer"
     if not saved.exists():
         drawn = random.Random(args.seed).sample(functions, config.tokenizer_functions)
@@ -65,31 +70,60 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _functions() -> list:
+def _functions(libraries: Sequence[str]) -> list:
     """Every usable function of the sources, in a fixed order."""
-    from sandbox.packages import fetch, load_packages
-    from sft.synthetic import Function, extract
+    from sft.synthetic import Function
 
-    library = Path(sysconfig.get_path("stdlib"))
+    files = _files(libraries)
+    found: list[Function] = []
+    # spawned: this process may hold threads, which a fork would not survive
+    with (
+        progress("reading sources") as report,
+        ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool,
+    ):
+        read = pool.map(_read, files.items(), chunksize=16)
+        for done, functions in enumerate(read, 1):
+            found += functions
+            report(done, len(files), f"{len(found)} functions")
+    return found
+
+
+def _read(file: tuple[str, Path]) -> list:
+    """The usable functions of one file, (name shown to the policy, path)."""
+    from sft.synthetic import extract
+
+    module, path = file
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return list(extract(module, source))
+
+
+def _files(libraries: Sequence[str]) -> dict[str, Path]:
+    """Source files by the name that the policy will see."""
+    from sandbox.packages import fetch, load_packages
+
+    index = load_packages().values()
+    heldout = {p.name.replace("-", "_") for p in index if p.split == "heldout"}
+    roots = [(Path(sysconfig.get_path("stdlib")), "")]
+    for name in libraries:
+        spec = importlib.util.find_spec(name)
+        if name in heldout or spec is None or not spec.submodule_search_locations:
+            reason = "is held out" if name in heldout else "is not an installed package"
+            raise InputError(f"libraries: {name} {reason}")
+        roots.append((Path(spec.submodule_search_locations[0]), f"{name}/"))
     files = {
-        str(path.relative_to(library)): path
-        for path in sorted(library.rglob("*.py"))
-        if not set(path.relative_to(library).parts) & set(_SKIP)
+        prefix + str(path.relative_to(root)): path
+        for root, prefix in roots
+        for path in sorted(root.rglob("*.py"))
+        if not set(path.relative_to(root).parts) & set(_SKIP)
     }
-    packages = [p for p in load_packages().values() if p.split == "train"]
+    packages = [p for p in index if p.split == "train"]
     fetch(packages)
     for package in packages:
         for source in package.source:
-            root = package.tree / source
-            found_here = sorted(root.rglob("*.py")) if root.is_dir() else [root]
-            files |= {str(path.relative_to(package.tree)): path for path in found_here}
-    found: list[Function] = []
-    with progress("reading sources") as report:
-        for done, (module, path) in enumerate(files.items(), 1):
-            try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):
-                continue
-            found += extract(module, source)
-            report(done, len(files), f"{len(found)} functions")
-    return found
+            top = package.tree / source
+            inside = sorted(top.rglob("*.py")) if top.is_dir() else [top]
+            files |= {str(path.relative_to(package.tree)): path for path in inside}
+    return files
