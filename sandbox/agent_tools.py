@@ -108,7 +108,7 @@ def check_arguments(call: ToolCall) -> None:
         kind = schema["properties"][key]["type"]
         # bool is an int in Python, not in JSON
         if not isinstance(value, _TYPES[kind]) or (kind == "integer" and value is True):
-            raise CallError(f"{key!r} must be a {kind}")
+            raise CallError(f"{key!r} must be {'an' if kind == 'integer' else 'a'} {kind}")
 
 
 class ToolBox:

@@ -69,14 +69,25 @@ class Code:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.tree = ast.parse(text)
-            self.tokens = [
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise InputError(f"source is not valid Python: {error}") from error
+
+    @cached_property
+    def tokens(self) -> list[Token]:
+        """Every token that is code; made when first asked for, since it takes twice as long as
+        parsing and finding functions needs none."""
+        try:
+            return [
                 Token(t.string, t.start, t.end)
-                for t in tokenize.generate_tokens(io.StringIO(text).readline)
+                for t in tokenize.generate_tokens(io.StringIO(self.text).readline)
                 if t.type not in _SKIPPED_TOKENS
             ]
-        except (SyntaxError, ValueError, RecursionError, tokenize.TokenError) as error:
+        except (SyntaxError, tokenize.TokenError) as error:
             raise InputError(f"source is not valid Python: {error}") from error
-        self._starts = [token.start for token in self.tokens]
+
+    @cached_property
+    def _starts(self) -> list[Position]:
+        return [token.start for token in self.tokens]
 
     def position(self, line: int, byte_column: int) -> Position:
         text = self.lines[line - 1]

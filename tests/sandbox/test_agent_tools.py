@@ -68,9 +68,9 @@ def test_a_repair(tree: Tree) -> None:
         tree,
         RUN,
         ToolCall("view", {}),
-        ToolCall("edit", {"lines": "3         if value < low:"}),
+        ToolCall("edit", {"line": 3, "old": " <=", "new": " <"}),
         RUN,
-        edit(lines="4             return low", undo=True),
+        edit(old=" + 1", new="", undo=True),
         RUN,
     )
     assert texts[0] == (
@@ -90,20 +90,24 @@ def test_a_repair(tree: Tree) -> None:
     ("call", "says"),
     [
         (ToolCall("shell", {"command": "id"}), "no tool 'shell'"),
-        (ToolCall("edit", {"path": "box.py"}), "edit needs 'lines'"),
+        (ToolCall("edit", {"path": "box.py"}), "edit needs 'old'"),
         (ToolCall("view", {"path": "box.py", "depth": 3}), "no argument 'depth'"),
-        (ToolCall("view", {"path": "box.py", "line": "3"}), "must be a integer"),
-        (ToolCall("view", {"path": "box.py", "line": True}), "must be a integer"),
+        (ToolCall("view", {"path": "box.py", "line": "3"}), "must be an integer"),
+        (ToolCall("view", {"path": "box.py", "line": True}), "must be an integer"),
         (ToolCall("view", {"path": "box.py", "symbol": "Box.gone"}), "no function 'Box.gone'"),
         (ToolCall("view", {"path": "box.py", "line": 99}), "has 9 lines"),
         (ToolCall("view", {"path": "../../etc/passwd"}), "error"),
         (ToolCall("view", {"path": "/etc/passwd"}), "error"),
-        (edit(lines="if value < low:"), "must start with its number"),
-        (edit(lines="3         if value <= low:"), "what the file holds already"),
-        (edit(lines="10 x = 1"), "has 9 lines"),
-        (edit(lines="0 x = 1"), "has 9 lines"),
-        (edit(lines="1 x = 1\n" + "9" * 5000 + " y"), "has 9 lines"),
-        (ToolCall("edit", {"path": "gone.py", "lines": "1 x"}), "gone.py"),
+        (edit(line=3, old=" <"), "edit needs 'new'"),
+        (edit(line=3, old="<=", new="<="), "old and new are the same"),
+        (edit(line=3, old="", new="<"), "old is empty"),
+        (edit(line=2, old="<=", new="<"), "line 2 has no such text"),
+        (edit(old="lower", new="low"), "box.py has no such text"),
+        (edit(line=3, old="l", new="L"), "line 3 has that text 2 times"),
+        (edit(old="return", new="yield"), "box.py has that text 3 times"),
+        (edit(line=10, old="x", new="y"), "has 9 lines"),
+        (edit(line=0, old="x", new="y"), "has 9 lines"),
+        (ToolCall("edit", {"path": "gone.py", "old": "x", "new": "y"}), "gone.py"),
         (ToolCall("search", {"text": ""}), "one line of text"),
     ],
 )
@@ -113,11 +117,23 @@ def test_wrong_calls_are_answered_and_change_nothing(tree: Tree, call: ToolCall,
     assert diff == ""
 
 
-def test_several_lines_at_once_keep_their_line_ends(tree: Tree) -> None:
+def test_an_edit_may_run_over_several_lines_and_keeps_the_other_line_ends(tree: Tree) -> None:
     (tree.root / "box.py").write_bytes(SOURCE.replace("\n", "\r\n").encode())
-    _, diff = converse(tree, edit(lines="3         if value < low:\n4             return low"))
+    old, new = "<= low:\r\n            return low + 1", "< low:\r\n            return low"
+    _, diff = converse(tree, edit(line=3, old=old, new=new))
     added = [line for line in diff.split("\n") if line.startswith("+") and line[:3] != "+++"]
     assert added == ["+        if value < low:\r", "+            return low\r"]
+
+
+def test_undo_takes_back_every_edit_even_when_the_next_one_is_refused(tree: Tree) -> None:
+    texts, diff = converse(
+        tree,
+        edit(line=3, old="<=", new="<"),
+        edit(line=4, old=" + 1", new=" + 2"),
+        edit(line=4, old=" + 2", new="", undo=True),
+    )
+    assert texts[2] == "error: line 4 has no such text"
+    assert diff == ""
 
 
 def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
@@ -132,7 +148,7 @@ def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
 def test_a_file_that_no_longer_parses_is_reported(tree: Tree) -> None:
     texts, _ = converse(
         tree,
-        edit(lines="1 class Box("),
+        edit(line=1, old="Box:", new="Box("),
         ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
         RUN,
     )

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from sandbox.agent_tools import ToolCall
-from sft.teacher import RUN, SUBMIT, VIEW, SearchTeacher
+from sft.teacher import RUN, SUBMIT, VIEW, SearchTeacher, edit_call
 
 INSTRUCTION = (
     "Tests fail because of a bug in `Box.clip` in `src/box.py`.\n"
@@ -33,31 +40,67 @@ def test_it_looks_before_it_edits() -> None:
     assert first == [RUN, VIEW]
 
 
+def applied(arguments: Mapping[str, Any]) -> tuple[int, str]:
+    """The line that an edit leaves, and its number."""
+    line = BUGGY[arguments["line"] - 41]
+    assert line.count(arguments["old"]) == 1
+    return arguments["line"], line.replace(arguments["old"], arguments["new"])
+
+
 def test_every_edit_changes_one_line_and_none_repeats() -> None:
     edits = [calls[0].arguments for calls in episode(1)[1:-1]]
     assert len(edits) >= 8
     for number, edit in enumerate(edits):
-        line, _, text = edit["lines"].partition(" ")
-        assert text != BUGGY[int(line) - 41]
-        assert text.startswith(" " * 8) or line == "41"
+        line, text = applied(edit)
+        assert text != BUGGY[line - 41]
         assert bool(edit.get("undo")) == (number > 0)
-    assert len({edit["lines"] for edit in edits}) == len(edits)
+    assert len({applied(edit) for edit in edits}) == len(edits)
 
 
 def test_the_reverse_of_a_reversible_bug_is_among_its_candidates() -> None:
-    tried = {calls[0].arguments["lines"] for calls in episode(2)[1:-1]}
-    assert "42         if value < self.low:" in tried
+    tried = {applied(calls[0].arguments) for calls in episode(2)[1:-1]}
+    assert (42, "        if value < self.low:") in tried
 
 
 def test_lines_of_the_traceback_come_first_more_often() -> None:
-    hot = sum(episode(seed, 3)[1][0].arguments["lines"][:2] == "42" for seed in range(300))
+    hot = sum(episode(seed, 3)[1][0].arguments["line"] == 42 for seed in range(300))
     quiet = 0
     for seed in range(300):
         teacher = SearchTeacher(seed)
         teacher.act([INSTRUCTION])
         call = teacher.act(["1 of 3 tests fail\nAssertionError", SHOWN])[0]
-        quiet += call.arguments["lines"][:2] == "42"
+        quiet += call.arguments["line"] == 42
     assert hot > quiet + 40
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "quoted", "put"),
+    [
+        ("if a == b and c == d:", "if a == b and c != d:", " == d", " != d"),
+        ("    return x", "    return not x", " x", " not x"),
+        ("return not x", "return x", " not", ""),
+        ("x = f(a, b)", "x = f(b, a)", "(a, b", "(b, a"),
+        ("s[0] = t[-1]", "s[-1] = t[-1]", "[0", "[-1"),
+        ("total = 10", "total = 11", " 10", " 11"),
+        ("a.pop()", "a.pop() + 1", "()", "() + 1"),
+    ],
+)
+def test_an_edit_quotes_whole_names_and_operators(old: str, new: str, quoted: str, put: str) -> None:
+    call = edit_call(7, old, new)
+    assert call == ToolCall("edit", {"line": 7, "old": quoted, "new": put})
+
+
+LINES = st.text(st.sampled_from("ab1_ (.,=<\"'é"), min_size=1, max_size=12)
+
+
+@given(LINES, LINES)
+def test_an_edit_is_unambiguous_and_gives_the_new_line(old: str, new: str) -> None:
+    if old == new:
+        return
+    arguments = edit_call(1, old, new).arguments
+    part = arguments["old"]
+    assert sum(old.startswith(part, i) for i in range(len(old))) == 1
+    assert old.replace(part, arguments["new"]) == new
 
 
 def test_it_submits_when_the_tests_pass_and_when_it_can_do_nothing() -> None:
