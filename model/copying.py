@@ -23,20 +23,20 @@ import numpy as np
 from model.config import Qwen3Config
 from model.qwen3 import Params, init
 
-CODE = 16  # C: dimensions of a token's code
-BACK_GAIN, FIND_GAIN = 2.5, 3.0  # norms of queries and keys, which set how sharp attention is
-WRITE = 4.0  # how strongly a found token is written, relative to the present one
+CODE = 32  # C: dimensions of a token's code
+BACK_GAIN, FIND_GAIN = 4.0, 4.0  # norms of queries and keys, which set how sharp attention is
+WRITE = 8.0  # how strongly a found token is written, relative to the present one
 
 
 def copying_init(config: Qwen3Config, seed: int) -> Params:
     """Parameters like `qwen3.init`, with the copying circuit in layers 0 and 1.
 
-    Needs tied embeddings, two key heads with at least two query heads each, and head_dim 32 or
+    Needs tied embeddings, two key heads with at least two query heads each, and head_dim 64 or
     more with slow enough rotary pairs (rope_theta 1e6) to match content over the whole context.
     """
     heads, kv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if not config.tie_word_embeddings or kv < 2 or heads < 2 * kv or hd < 32:
-        raise ValueError("copying_init needs tied embeddings, 2 key heads, 4 heads, head_dim 32")
+    if not config.tie_word_embeddings or kv < 2 or heads < 2 * kv or hd < 2 * CODE:
+        raise ValueError("copying_init needs tied embeddings, 2 key heads, 4 heads, head_dim 64")
     rng = np.random.default_rng(seed)
     params = {k: _writable(v) for k, v in init(config, seed).items()}
     layers, group, half = params["layers"], heads // kv, hd // 2

@@ -6,6 +6,7 @@ file) is answered with an observation that says so; only trouble of the harness 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,10 +60,10 @@ TOOLS: tuple[dict, ...] = (
     ),
     _tool(
         "edit",
-        "Put `new` in the place of `old`, which must begin on `line` there and nowhere else on it.",
+        "Put `new` in the place of `old`, a piece of code that occurs exactly once.",
         ("old", "new"),
-        path="file, relative to the repository; the one under repair by default",
-        line="line that `old` begins on; without it `old` must occur once in the file",
+        path="file, relative to the repository; by default the function under repair alone",
+        symbol="function that is searched for `old`; without it, all of `path` is",
         old="text to replace, without line numbers; it may run over several lines",
         new="text to put there",
         undo="first take back every earlier edit",
@@ -190,31 +191,25 @@ class ToolBox:
         old: str,
         new: str,
         path: str | None = None,
-        line: int | None = None,
+        symbol: str | None = None,
         undo: bool = False,
     ) -> str:
-        path = path or self._module
         if undo:
             for edited, data in self._before_edit.items():
                 await self._sandbox.write(edited, data)
             self._before_edit.clear()
+        if path is None and symbol is None:
+            symbol = self._function
+        path = path or self._module
         source = await self._source(path)
         if not old:
             raise CallError("old is empty: give some text to replace")
         if old == new:
             raise CallError("old and new are the same")
-        start, stop, where = 0, len(source), path
-        if line is not None:
-            lines = source.splitlines(keepends=True)
-            if not 1 <= line <= len(lines):
-                raise CallError(f"{path} has {len(lines)} lines")
-            start = sum(map(len, lines[: line - 1]))
-            stop, where = start + len(lines[line - 1]), f"line {line}"
+        start, stop = _extent(source, symbol)
         found = _occurrences(source, old, start, stop)
-        if not found:
-            raise CallError(f"{where} has no such text")
-        if len(found) > 1:
-            raise CallError(f"{where} has that text {len(found)} times: give more of it")
+        if len(found) != 1:
+            raise CallError(f"old occurs {len(found)} times in {symbol or path}")
         changed = source[: found[0]] + new + source[found[0] + len(old) :]
         self._before_edit.setdefault(path, source.encode())
         await self._sandbox.write(path, changed.encode())
@@ -249,13 +244,28 @@ def describe_failure(report: TestReport) -> str:
     return "\n".join(lines)
 
 
+def _extent(source: str, symbol: str | None) -> tuple[int, int]:
+    """Offsets of a function's first character and of the end of its last line; of the whole file
+    without `symbol`, or when an edit has left a file in which functions cannot be told apart."""
+    if symbol is None:
+        return 0, len(source)
+    try:
+        spans = {span.name: span for span in functions(source)}
+    except InputError:
+        return 0, len(source)
+    if symbol not in spans:
+        raise CallError(f"no function {symbol!r}")
+    ends = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
+    return ends[spans[symbol].line - 1], ends[spans[symbol].end_line]
+
+
 def _occurrences(source: str, text: str, start: int, stop: int) -> list[int]:
-    """Where `text` begins, overlaps counted, at offsets `start <= i < stop`."""
+    """Where `text` lies between two offsets, overlaps counted."""
     found = []
-    at = source.find(text, start)
-    while 0 <= at < stop:
+    at = source.find(text, start, stop)
+    while at >= 0:
         found.append(at)
-        at = source.find(text, at + 1)
+        at = source.find(text, at + 1, stop)
     return found
 
 

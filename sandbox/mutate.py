@@ -39,12 +39,13 @@ class Edit:
     operator: str
 
 
-def functions(source: str) -> list[FunctionSpan]:
+@lru_cache(maxsize=128)
+def functions(source: str) -> tuple[FunctionSpan, ...]:
     """Functions and methods by qualified name, in source order, decorators counted in.
 
     Raises InputError when the source does not parse.
     """
-    return [span for span, _ in _parsed(source).functions]
+    return tuple(span for span, _ in _parsed(source).functions)
 
 
 def mutations(source: str, function: str | None = None) -> list[Edit]:

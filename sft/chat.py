@@ -26,8 +26,7 @@ FRAGMENTS = (
     '{"name": "run_tests", "arguments": {}}',
     '{"name": "submit", "arguments": {}}',
     '{"name": "view", "arguments": {}}',
-    '{"name": "edit", "arguments": {"line": ',
-    ', "old": "',
+    '{"name": "edit", "arguments": {"old": "',
     '", "new": "',
     '"}}',
     '", "undo": true}}',
@@ -40,8 +39,8 @@ FRAGMENTS = (
     "AssertionError: assert ",
     "assistant\n",
     "edited",
-    "has no such text",
-    " times: give more of it",
+    "error: old occurs ",
+    " times in ",
 )
 
 _TOOLS_HEAD = (

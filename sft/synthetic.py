@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from configs.errors import InputError
 from sandbox.agent_tools import ToolCall
@@ -23,9 +24,13 @@ from sft.packing import Example
 from sft.teacher import RUN, SUBMIT, VIEW, edit_call
 
 MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
-# Share of the code's own tokens that carry loss: enough to learn what code looks like, and the
-# vocabulary projection of the rest is saved.
-CODE_SHARE = 0.1
+# Share of the code's own tokens that carry loss, and how much: enough to learn what code looks like,
+# and the vocabulary projection of the rest is saved.
+CODE_SHARE, CODE_WEIGHT = 0.1, 0.5
+# Share of episodes that end with a second look at the repaired function, all of it with loss. It is
+# nearly a copy of the first look: nothing teaches a small model to copy as quickly, and without it
+# the circuit of model/copying.py is lost again.
+REVIEW_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class RepairEpisodes:
 
     def __init__(self, pool: Sequence[Function], renderer: Renderer, seed: int) -> None:
         self._pool, self._renderer = pool, renderer
+        # short functions more often: more answers to learn from for the same reading
+        self._weights = list(accumulate(1.0 / (100 + sum(map(len, f.lines))) for f in pool))
         self._random = random.Random(seed)
 
     def example(self) -> Example:
@@ -81,15 +88,15 @@ class RepairEpisodes:
         Several bugs give several answers to learn from for one reading of the code; their order is
         random, so that the first answer is any of them.
         """
-        function = self._random.choice(self._pool)
+        (function,) = self._random.choices(self._pool, cum_weights=self._weights)
         bugs = self._pick(function.bugs, self._random.choice((1, 1, 2, 3, 4)))
         lines = list(_dedent(function.lines))
         margin = " " * (len(function.lines[0]) - len(lines[0]))
         for bug in bugs:
             lines[bug.line - 1] = bug.new
         shown = [margin * bool(line) + line for line in lines]
-        calls = [self._call(function, bug.line, bug.new, bug.old) for bug in bugs]
-        wrong = self._wrong(function, lines, calls[0]) if len(bugs) == 1 else []
+        calls = [edit_call(shown, bug.line, margin * bool(bug.old) + bug.old) for bug in bugs]
+        wrong = self._wrong(margin, lines, shown, calls[0]) if len(bugs) == 1 else []
         return self._render(function, shown, bugs[0].line, calls, wrong)
 
     def _pick(self, bugs: Sequence[Edit], count: int) -> list[Edit]:
@@ -103,7 +110,9 @@ class RepairEpisodes:
             chosen.setdefault(bug.line, bug)
         return list(chosen.values())
 
-    def _wrong(self, function: Function, lines: list[str], right: ToolCall) -> list[ToolCall]:
+    def _wrong(
+        self, margin: str, lines: list[str], shown: list[str], right: ToolCall
+    ) -> list[ToolCall]:
         """Edits that a searcher might try first, in vain."""
         count = self._random.choice((0, 0, 0, 1, 2, 3, 4))
         if not count:
@@ -115,14 +124,10 @@ class RepairEpisodes:
         calls: list[ToolCall] = []
         for _ in range(count if edits else 0):
             edit = self._pick(edits, 1)[0]
-            call = self._call(function, edit.line, edit.old, edit.new)
+            call = edit_call(shown, edit.line, margin + edit.new)
             if call not in calls and call != right:
                 calls.append(call)
         return calls
-
-    def _call(self, function: Function, line: int, old: str, new: str) -> ToolCall:
-        margin = " " * (len(function.lines[0]) - len(function.lines[0].lstrip()))
-        return edit_call(function.line + line - 1, margin + old, margin + new)
 
     def _render(
         self,
@@ -146,13 +151,13 @@ class RepairEpisodes:
         ids: list[int] = []
         weight: list[float] = []
 
-        def add(new: list[int], share: float) -> None:
+        def add(new: list[int], share: float, loss: float = 1.0) -> None:
             ids.extend(new)
-            weight.extend(float(self._random.random() < share) for _ in new)
+            weight.extend(loss * (self._random.random() < share) for _ in new)
 
         add(prompt, 0.0)
         add(render.reply([RUN, VIEW]), 1.0)
-        add(render.observation([failure, code]), CODE_SHARE)
+        add(render.observation([failure, code]), CODE_SHARE, CODE_WEIGHT)
         tries = [([call], 0.0) for call in wrong] + [(calls, 1.0)]
         for i, (edits, w) in enumerate(tries):
             if i:
@@ -161,6 +166,10 @@ class RepairEpisodes:
             passed = i == len(tries) - 1
             outcome = f"all {count} tests pass" if passed else "still failing, same errors"
             add(render.observation(["edited"] * len(edits) + [outcome]), 0.0)
+        if self._random.random() < REVIEW_SHARE:
+            add(render.reply([VIEW]), 0.0)
+            fixed = "\n".join(f"{n} {text}" for n, text in enumerate(function.lines, function.line))
+            add(render.observation([fixed]), 1.0)
         add(render.reply([SUBMIT]), 1.0)
         return Example(ids, weight)
 

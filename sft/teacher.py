@@ -90,30 +90,34 @@ class SearchTeacher:
 
         calls: list[ToolCall] = []
         for edit in sorted(edits, key=key):
-            old, new = margin + edit.old, margin + edit.new
-            calls.append(edit_call(numbers[edit.line - 1], old, new, undo=bool(calls)))
+            calls.append(edit_call(lines, edit.line, margin + edit.new, undo=bool(calls)))
         return calls
 
 
-def edit_call(line: int, old: str, new: str, *, undo: bool = False) -> ToolCall:
-    """The smallest `edit` that turns line number `line` from the text `old` into `new`.
+def edit_call(lines: Sequence[str], line: int, new: str, *, undo: bool = False) -> ToolCall:
+    """The smallest `edit` that turns line number `line` (from 1) of a function into `new`.
 
-    It quotes whole names and operators, and as many as make it unambiguous on the line.
+    It quotes whole names and operators, and as many as make it unambiguous in the function: first
+    those behind the change, then those before it, then lines before.
     """
+    text, old = "\n".join(lines), lines[line - 1]
     before, after = _PIECE.findall(old), _PIECE.findall(new)
     start = len(commonprefix([before, after]))
     rest = before[start:], after[start:]
     end = len(before) - len(commonprefix([side[::-1] for side in rest]))
     stop = end - len(before)  # from the end, the same in both
-    while start == end or _count(old, "".join(before[start:end])) > 1:
+    lead, above = "", line - 1  # whole lines before, and the first of them
+    while start == end or _count(text, lead + "".join(before[start:end])) > 1:
         if end < len(before):
             end, stop = end + 1, stop + 1
-        else:
+        elif start:
             start -= 1
+        else:
+            above -= 1
+            lead = f"{lines[above]}\n{lead}"
     arguments = {
-        "line": line,
-        "old": "".join(before[start:end]),
-        "new": "".join(after[start : len(after) + stop]),
+        "old": lead + "".join(before[start:end]),
+        "new": lead + "".join(after[start : len(after) + stop]),
     }
     return ToolCall("edit", arguments | ({"undo": True} if undo else {}))
 
