@@ -24,8 +24,8 @@ from sft.packing import Example
 from sft.teacher import RUN, SUBMIT, VIEW, edit_call
 
 MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
-# Share of the code's own tokens that carry loss, and how much: enough to learn what code looks like,
-# and the vocabulary projection of the rest is saved.
+# Share of the code's own tokens that carry loss, and its weight: enough to learn what code looks
+# like, and the vocabulary projection of the rest is saved.
 CODE_SHARE, CODE_WEIGHT = 0.1, 0.5
 # Share of episodes that end with a second look at the repaired function, all of it with loss. It is
 # nearly a copy of the first look: nothing teaches a small model to copy as quickly, and without it

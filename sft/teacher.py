@@ -98,26 +98,30 @@ def edit_call(lines: Sequence[str], line: int, new: str, *, undo: bool = False) 
     """The smallest `edit` that turns line number `line` (from 1) of a function into `new`.
 
     It quotes whole names and operators, and as many as make it unambiguous in the function: first
-    those behind the change, then those before it, then lines before.
+    those behind the change, then those before it, then lines above and below.
     """
-    text, old = "\n".join(lines), lines[line - 1]
-    before, after = _PIECE.findall(old), _PIECE.findall(new)
+    text = "\n".join(lines)
+    before, after = _PIECE.findall(lines[line - 1]), _PIECE.findall(new)
     start = len(commonprefix([before, after]))
     rest = before[start:], after[start:]
     end = len(before) - len(commonprefix([side[::-1] for side in rest]))
-    stop = end - len(before)  # from the end, the same in both
-    lead, above = "", line - 1  # whole lines before, and the first of them
-    while start == end or _count(text, lead + "".join(before[start:end])) > 1:
+    shift = len(after) - len(before)
+    first, last = line - 1, line  # the whole lines quoted are those from first to last, less line
+    lead = trail = ""
+    while start == end or _count(text, f"{lead}{''.join(before[start:end])}{trail}") > 1:
         if end < len(before):
-            end, stop = end + 1, stop + 1
+            end += 1
         elif start:
             start -= 1
+        elif first:
+            first -= 1
+            lead = f"{lines[first]}\n{lead}"
         else:
-            above -= 1
-            lead = f"{lines[above]}\n{lead}"
+            trail += f"\n{lines[last]}"
+            last += 1
     arguments = {
-        "old": lead + "".join(before[start:end]),
-        "new": lead + "".join(after[start : len(after) + stop]),
+        "old": f"{lead}{''.join(before[start:end])}{trail}",
+        "new": f"{lead}{''.join(after[start : end + shift])}{trail}",
     }
     return ToolCall("edit", arguments | ({"undo": True} if undo else {}))
 

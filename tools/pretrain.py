@@ -1,7 +1,8 @@
 """`remend pretrain CONFIG --out DIR`: a tokenizer and a tiny policy from package sources.
 
 Sources: the running Python's standard library, the training packages of the shipped index, and the
-installed `libraries` that the config names; no held-out package is ever read. DIR/policy is a Hugging Face folder, DIR/metrics.jsonl the log.
+installed `libraries` that the config names; no held-out package is ever read. DIR/policy is a
+Hugging Face folder, DIR/metrics.jsonl the log.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_a_repair(tree: Tree) -> None:
         tree,
         RUN,
         ToolCall("view", {}),
-        ToolCall("edit", {"line": 3, "old": " <=", "new": " <"}),
+        ToolCall("edit", {"old": " <=", "new": " <"}),
         RUN,
         edit(old=" + 1", new="", undo=True),
         RUN,
@@ -98,15 +98,14 @@ def test_a_repair(tree: Tree) -> None:
         (ToolCall("view", {"path": "box.py", "line": 99}), "has 9 lines"),
         (ToolCall("view", {"path": "../../etc/passwd"}), "error"),
         (ToolCall("view", {"path": "/etc/passwd"}), "error"),
-        (edit(line=3, old=" <"), "edit needs 'new'"),
-        (edit(line=3, old="<=", new="<="), "old and new are the same"),
-        (edit(line=3, old="", new="<"), "old is empty"),
-        (edit(line=2, old="<=", new="<"), "line 2 has no such text"),
-        (edit(old="lower", new="low"), "box.py has no such text"),
-        (edit(line=3, old="l", new="L"), "line 3 has that text 2 times"),
-        (edit(old="return", new="yield"), "box.py has that text 3 times"),
-        (edit(line=10, old="x", new="y"), "has 9 lines"),
-        (edit(line=0, old="x", new="y"), "has 9 lines"),
+        (edit(old=" <"), "edit needs 'new'"),
+        (edit(old="<=", new="<="), "old and new are the same"),
+        (edit(old="", new="<"), "old is empty"),
+        (edit(old="lower", new="low"), "old occurs 0 times in box.py"),
+        (edit(old="return", new="yield"), "old occurs 3 times in box.py"),
+        (ToolCall("edit", {"old": "return", "new": "yield"}), "old occurs 2 times in Box.clip"),
+        (ToolCall("edit", {"old": "other", "new": "another"}), "old occurs 0 times in Box.clip"),
+        (edit(old="low", new="high", symbol="Box.gone"), "no function 'Box.gone'"),
         (ToolCall("edit", {"path": "gone.py", "old": "x", "new": "y"}), "gone.py"),
         (ToolCall("search", {"text": ""}), "one line of text"),
     ],
@@ -120,7 +119,7 @@ def test_wrong_calls_are_answered_and_change_nothing(tree: Tree, call: ToolCall,
 def test_an_edit_may_run_over_several_lines_and_keeps_the_other_line_ends(tree: Tree) -> None:
     (tree.root / "box.py").write_bytes(SOURCE.replace("\n", "\r\n").encode())
     old, new = "<= low:\r\n            return low + 1", "< low:\r\n            return low"
-    _, diff = converse(tree, edit(line=3, old=old, new=new))
+    _, diff = converse(tree, edit(old=old, new=new))
     added = [line for line in diff.split("\n") if line.startswith("+") and line[:3] != "+++"]
     assert added == ["+        if value < low:\r", "+            return low\r"]
 
@@ -128,12 +127,26 @@ def test_an_edit_may_run_over_several_lines_and_keeps_the_other_line_ends(tree: 
 def test_undo_takes_back_every_edit_even_when_the_next_one_is_refused(tree: Tree) -> None:
     texts, diff = converse(
         tree,
-        edit(line=3, old="<=", new="<"),
-        edit(line=4, old=" + 1", new=" + 2"),
-        edit(line=4, old=" + 2", new="", undo=True),
+        edit(old="<=", new="<"),
+        edit(old=" + 1", new=" + 2"),
+        edit(old=" + 2", new="", undo=True),
     )
-    assert texts[2] == "error: line 4 has no such text"
+    assert texts[2] == "error: old occurs 0 times in box.py"
     assert diff == ""
+
+
+def test_an_edit_looks_in_one_function_alone(tree: Tree) -> None:
+    texts, diff = converse(tree, edit(old="low", new="high", symbol="other"))
+    assert texts == ["edited"]
+    assert '-    return "low"' in diff.splitlines() and '+    return "high"' in diff.splitlines()
+
+
+def test_an_edit_of_a_file_that_does_not_parse_looks_in_all_of_it(tree: Tree) -> None:
+    broken = ToolCall("edit", {"old": "value, low):", "new": "value, low:"})
+    texts, diff = converse(
+        tree, broken, ToolCall("edit", {"old": "value, low:", "new": "value, low):"})
+    )
+    assert texts == ["edited", "edited"] and diff == ""
 
 
 def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
@@ -148,7 +161,7 @@ def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
 def test_a_file_that_no_longer_parses_is_reported(tree: Tree) -> None:
     texts, _ = converse(
         tree,
-        edit(line=1, old="Box:", new="Box("),
+        edit(old="Box:", new="Box("),
         ToolCall("view", {"path": "box.py", "symbol": "Box.clip"}),
         RUN,
     )

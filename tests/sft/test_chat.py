@@ -17,7 +17,7 @@ from sandbox.agent_tools import TOOLS, ToolCall
 from sft.chat import SYSTEM, Malformed, Renderer, call_text, parse_calls
 
 CALLS = [
-    ToolCall("edit", {"path": "a.py", "line": 3, "old": '["é"]', "new": "", "undo": True}),
+    ToolCall("edit", {"path": "a.py", "old": '["é"]', "new": "", "undo": True}),
     ToolCall("run_tests", {}),
 ]
 
@@ -29,7 +29,7 @@ def test_text_of_a_whole_episode(tokenizer: Tokenizer) -> None:
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nFix it.<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
         '<tool_call>\n{"name": "edit", "arguments": {"path": "a.py", '
-        '"line": 3, "old": "[\\"é\\"]", "new": "", "undo": true}}\n</tool_call>\n'
+        '"old": "[\\"é\\"]", "new": "", "undo": true}}\n</tool_call>\n'
         '<tool_call>\n{"name": "run_tests", "arguments": {}}\n</tool_call><|im_end|>\n'
         "<|im_start|>user\n<tool_response>\nedited\n</tool_response>\n"
         "<tool_response>\nok\n</tool_response><|im_end|>\n"

@@ -20,10 +20,10 @@ SFT = """
 import runpy, sys
 from pathlib import Path
 t = runpy.run_path("tests/sft/test_train.py")
-from model.hf import save_hf
-import dataclasses, numpy as np
+import dataclasses
 config = dataclasses.replace(t["CONFIG"], epochs=6)
-params = t["train_sft"](config, t["MODEL"], t["init"](t["MODEL"], 0), t["data"](), Path(sys.argv[1]), seed=3)
+start = t["init"](t["MODEL"], 0)
+params = t["train_sft"](config, t["MODEL"], start, t["data"](), Path(sys.argv[1]), seed=3)
 """
 RL = """
 import runpy, sys
