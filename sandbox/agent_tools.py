@@ -21,7 +21,7 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 MAX_VIEW_LINES = 40
 MAX_MATCHES = 12
 MAX_LINE_CHARS = 160
-MAX_FRAMES = 3
+MAX_FRAMES, MAX_FRAMES_LATER = 3, 1  # of a traceback: in the first test run, and in later ones
 
 
 def _tool(name: str, description: str, required: tuple[str, ...] = (), **properties: str) -> dict:
@@ -219,13 +219,17 @@ class ToolBox:
         report = await self._sandbox.run_tests(self._tests)
         if report.passed(self._tests):
             return f"all {len(self._tests)} tests pass"
-        failure = describe_failure(report)
-        same, self._last_failure = failure == self._last_failure, failure
-        return "still failing, same errors" if same else failure
+        last, self._last_failure = self._last_failure, describe_failure(report)
+        if last is None:
+            return self._last_failure
+        if last == self._last_failure:
+            return "still failing, same errors"
+        return describe_failure(report, MAX_FRAMES_LATER)
 
 
-def describe_failure(report: TestReport) -> str:
-    """The failing tests in a few lines: how many, and for the first the call chain and the error.
+def describe_failure(report: TestReport, frames: int = MAX_FRAMES) -> str:
+    """The failing tests in a few lines: how many, and for the first the end of the call chain, at
+    most `frames` calls, and the error.
 
     No durations, addresses or temporary paths: the same tree gives the same text.
     """
@@ -238,7 +242,7 @@ def describe_failure(report: TestReport) -> str:
     lines = [f"{len(bad)} of {len(report.cases)} tests fail"]
     if not first.frames:
         lines.append(first.id)
-    for frame in first.frames[-MAX_FRAMES:]:
+    for frame in first.frames[-frames:]:
         lines.append(f"{frame.path}:{frame.line} {frame.function}: {_clip(frame.source_line)}")
     lines.append(_clip(_ADDRESS.sub("0x", first.error)) or first.outcome)
     return "\n".join(lines)
