@@ -1,13 +1,14 @@
 """`remend pretrain CONFIG --out DIR`: a tokenizer and a tiny policy from package sources.
 
 Sources: the running Python's standard library, the training packages of the shipped index, and the
-installed `libraries` that the config names; no held-out package is ever read. DIR/policy is a
-Hugging Face folder, DIR/metrics.jsonl the log.
+installed `libraries` that the config names, less every function that a held-out package holds too.
+DIR/policy is a Hugging Face folder, DIR/metrics.jsonl the log.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.schema import load
+from sandbox.generate import fingerprints, fingerprints_of
+from sandbox.packages import Package, fetch, load_packages
 from tools.progress import progress
 
 # Not code that anyone repairs: tests, generated tables, and what is not part of every Python.
@@ -75,38 +78,40 @@ def _functions(libraries: Sequence[str]) -> list:
     """Every usable function of the sources, in a fixed order."""
     from sft.synthetic import Function
 
-    files = _files(libraries)
+    packages = list(load_packages().values())
+    fetch(packages)
+    heldout = [package for package in packages if package.split == "heldout"]
+    files = _files(libraries, packages)
+    read = functools.partial(_read, frozenset(fingerprints(heldout)))
     found: list[Function] = []
     # spawned: this process may hold threads, which a fork would not survive
     with (
         progress("reading sources") as report,
         ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool,
     ):
-        read = pool.map(_read, files.items(), chunksize=16)
-        for done, functions in enumerate(read, 1):
+        for done, functions in enumerate(pool.map(read, files.items(), chunksize=16), 1):
             found += functions
             report(done, len(files), f"{len(found)} functions")
     return found
 
 
-def _read(file: tuple[str, Path]) -> list:
-    """The usable functions of one file, (name shown to the policy, path)."""
+def _read(foreign: frozenset[str], file: tuple[str, Path]) -> list:
+    """The usable functions of one file, (name shown to the policy, path), less `foreign` ones."""
     from sft.synthetic import extract
 
     module, path = file
     try:
         source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        functions = list(extract(module, source))
+        known = fingerprints_of(source) if functions else {}
+    except (OSError, UnicodeDecodeError, InputError):
         return []
-    return list(extract(module, source))
+    return [f for f in functions if known.get(f.name) not in foreign]
 
 
-def _files(libraries: Sequence[str]) -> dict[str, Path]:
+def _files(libraries: Sequence[str], packages: Sequence[Package]) -> dict[str, Path]:
     """Source files by the name that the policy will see."""
-    from sandbox.packages import fetch, load_packages
-
-    index = load_packages().values()
-    heldout = {p.name.replace("-", "_") for p in index if p.split == "heldout"}
+    heldout = {p.name.replace("-", "_") for p in packages if p.split == "heldout"}
     roots = [(Path(sysconfig.get_path("stdlib")), "")]
     for name in libraries:
         spec = importlib.util.find_spec(name)
@@ -120,9 +125,7 @@ def _files(libraries: Sequence[str]) -> dict[str, Path]:
         for path in sorted(root.rglob("*.py"))
         if not set(path.relative_to(root).parts) & set(_SKIP)
     }
-    packages = [p for p in index if p.split == "train"]
-    fetch(packages)
-    for package in packages:
+    for package in (p for p in packages if p.split == "train"):
         for source in package.source:
             top = package.tree / source
             inside = sorted(top.rglob("*.py")) if top.is_dir() else [top]
