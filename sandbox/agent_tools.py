@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxError, TestReport
-from sandbox.mutate import functions
+from sandbox.mutate import FunctionSpan, functions
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
@@ -273,7 +273,7 @@ def _occurrences(source: str, text: str, start: int, stop: int) -> list[int]:
     return found
 
 
-def _spans(source: str) -> list[Any]:
+def _spans(source: str) -> tuple[FunctionSpan, ...]:
     try:
         return functions(source)
     except InputError as error:
