@@ -102,7 +102,8 @@ def test_coverage_tells_which_tests_run_which_function(package: Package) -> None
 
 
 def test_every_task_is_proven(package: Package) -> None:
-    rows = asyncio.run(make(package, Plan(per_function=3, max_covering=5)))
+    # test_flaky passes three times in four on some bugs: 3 runs would let it slip through
+    rows = asyncio.run(make(package, Plan(per_function=3, max_covering=5, repeat=25)))
     assert {row.function for row in rows} == {"clamp", "spin"}
     assert len(rows) == len({row.sha256 for row in rows}) == len({row.name for row in rows}) >= 4
     for row in rows:
