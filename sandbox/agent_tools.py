@@ -16,7 +16,8 @@ from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxError, TestReport
 from sandbox.mutate import FunctionSpan, functions
 
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+# what differs from run to run: addresses, and the names that `tempfile` draws
+_VOLATILE = re.compile(r"(?<=0x)[0-9a-fA-F]+|(?<=\btmp)[a-z0-9_]{8}(?![a-z0-9_])")
 
 MAX_VIEW_LINES = 40
 MAX_MATCHES = 12
@@ -237,14 +238,14 @@ def describe_failure(report: TestReport, frames: int = MAX_FRAMES) -> str:
         return f"test run ended early: {report.killed_by or 'deadline'}"
     bad = [case for case in report.cases if case.outcome not in ("passed", "skipped")]
     if not bad:
-        return f"no test ran\n{_clip(report.tail[-MAX_LINE_CHARS:])}"
+        return f"no test ran\n{_clip(_VOLATILE.sub("", report.tail)[-MAX_LINE_CHARS:])}"
     first = next((case for case in bad if case.error), bad[0])
     lines = [f"{len(bad)} of {len(report.cases)} tests fail"]
     if not first.frames:
         lines.append(first.id)
     for frame in first.frames[-frames:]:
         lines.append(f"{frame.path}:{frame.line} {frame.function}: {_clip(frame.source_line)}")
-    lines.append(_clip(_ADDRESS.sub("0x", first.error)) or first.outcome)
+    lines.append(_clip(_VOLATILE.sub("", first.error)) or first.outcome)
     return "\n".join(lines)
 
 

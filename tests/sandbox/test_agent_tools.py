@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.agent_tools import TOOLS, ToolBox, ToolCall
-from sandbox.base import Tree
+from sandbox.agent_tools import TOOLS, ToolBox, ToolCall, describe_failure
+from sandbox.base import TestCase, TestReport, Tree
 from sandbox.local import LocalPool
 
 SOURCE = """\
@@ -190,3 +190,18 @@ def test_schemas_are_what_the_chat_template_expects() -> None:
         assert set(parameters["required"]) <= set(parameters["properties"])
     names: list[str] = [tool["function"]["name"] for tool in TOOLS]
     assert names == ["view", "search", "edit", "run_tests", "submit"]
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("<Box object at 0x7fae345ea00>", "<Box object at 0x>"),
+        ("'/tmp/tmpl4b7nvs1/temp' != ''", "'/tmp/tmp/temp' != ''"),
+        ("tmp_b7nvs10.txt is missing", "tmp.txt is missing"),
+        ("no tmpfile, no tmp, 0 x", "no tmpfile, no tmp, 0 x"),
+    ],
+)
+def test_what_differs_from_run_to_run_is_not_shown(error: str, shown: str) -> None:
+    case = TestCase("test_a.py::test_a", "failed", error)
+    report = TestReport((case,), 1, False, None, 0.1, "")
+    assert describe_failure(report).splitlines()[-1] == shown
