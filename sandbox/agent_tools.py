@@ -238,7 +238,8 @@ def describe_failure(report: TestReport, frames: int = MAX_FRAMES) -> str:
         return f"test run ended early: {report.killed_by or 'deadline'}"
     bad = [case for case in report.cases if case.outcome not in ("passed", "skipped")]
     if not bad:
-        return f"no test ran\n{_clip(_VOLATILE.sub("", report.tail)[-MAX_LINE_CHARS:])}"
+        tail = _VOLATILE.sub("", report.tail)
+        return f"no test ran\n{_clip(tail[-MAX_LINE_CHARS:])}"
     first = next((case for case in bad if case.error), bad[0])
     lines = [f"{len(bad)} of {len(report.cases)} tests fail"]
     if not first.frames:
