@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.tokenizer import SPECIAL, Tokenizer
@@ -107,6 +107,7 @@ def test_hostile_text_never_becomes_a_special_token(tokenizer: Tokenizer, text: 
         st.tuples(st.sampled_from(["view", "edit", "x"]), st.dictionaries(st.text(), st.text()))
     )
 )
+@example([("view", {"": "<tool_call>"})])
 def test_calls_parse_back(calls: list[tuple[str, dict]]) -> None:
     given_calls = [ToolCall(name, arguments) for name, arguments in calls]
     text = "\n".join(f"<tool_call>\n{call_text(c)}\n</tool_call>" for c in given_calls)
