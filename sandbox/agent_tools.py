@@ -158,13 +158,11 @@ class ToolBox:
             symbol = self._function
         path = path or self._module
         source = await self._source(path)
-        lines = source.splitlines()
+        lines = source.removesuffix("\n").split("\n")
         first, last = 1, len(lines)
         if symbol is not None:
-            spans = {span.name: span for span in _spans(source)}
-            if symbol not in spans:
-                raise CallError(f"no function {symbol!r} in {path}")
-            first, last = spans[symbol].line, spans[symbol].end_line
+            span = _span(source, symbol, path)
+            first, last = span.line, span.end_line
         if line is not None:
             if not 1 <= line <= len(lines):
                 raise CallError(f"{path} has {len(lines)} lines")
@@ -207,8 +205,8 @@ class ToolBox:
             raise CallError("old is empty: give some text to replace")
         if old == new:
             raise CallError("old and new are the same")
-        start, stop = _extent(source, symbol)
-        found = _occurrences(source, old, start, stop)
+        start, stop = _extent(source, symbol, path)
+        found = occurrences(source, old, start, stop)
         if len(found) != 1:
             raise CallError(f"old occurs {len(found)} times in {symbol or path}")
         changed = source[: found[0]] + new + source[found[0] + len(old) :]
@@ -250,36 +248,38 @@ def describe_failure(report: TestReport, frames: int = MAX_FRAMES) -> str:
     return "\n".join(lines)
 
 
-def _extent(source: str, symbol: str | None) -> tuple[int, int]:
+def _extent(source: str, symbol: str | None, path: str) -> tuple[int, int]:
     """Offsets of a function's first character and of the end of its last line; of the whole file
     without `symbol`, or when an edit has left a file in which functions cannot be told apart."""
     if symbol is None:
         return 0, len(source)
     try:
-        spans = {span.name: span for span in functions(source)}
+        functions(source)
     except InputError:
         return 0, len(source)
-    if symbol not in spans:
-        raise CallError(f"no function {symbol!r}")
-    ends = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
-    return ends[spans[symbol].line - 1], ends[spans[symbol].end_line]
+    span = _span(source, symbol, path)
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in source.split("\n"))]
+    return starts[span.line - 1], starts[span.end_line]
 
 
-def _occurrences(source: str, text: str, start: int, stop: int) -> list[int]:
-    """Where `text` lies between two offsets, overlaps counted."""
+def occurrences(text: str, part: str, start: int = 0, stop: int | None = None) -> list[int]:
+    """Where `part` lies in `text` between two offsets, overlaps counted."""
     found = []
-    at = source.find(text, start, stop)
+    at = text.find(part, start, stop)
     while at >= 0:
         found.append(at)
-        at = source.find(text, at + 1, stop)
+        at = text.find(part, at + 1, stop)
     return found
 
 
-def _spans(source: str) -> tuple[FunctionSpan, ...]:
+def _span(source: str, symbol: str, path: str) -> FunctionSpan:
     try:
-        return functions(source)
+        spans = {span.name: span for span in functions(source)}
     except InputError as error:
         raise CallError(str(error)) from None
+    if symbol not in spans:
+        raise CallError(f"no function {symbol!r} in {path}")
+    return spans[symbol]
 
 
 def _clip(text: str) -> str:

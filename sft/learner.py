@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import Qwen3Config
@@ -30,16 +29,10 @@ Loss = Callable[[jax.Array, jax.Array, Rows], tuple[jax.Array, dict[str, jax.Arr
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its schedule: linear warm-up, then cosine decay to `final_fraction`.
-
-    Attributes:
-      muon_rate: 0 for AdamW everywhere (Loshchilov & Hutter, arXiv 1711.05101). Otherwise the peak
-        rate of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the layers'
-        matrices; AdamW keeps the rest.
-    """
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and its schedule: linear warm-up, then cosine
+    decay to `final_fraction`."""
 
     learning_rate: float = 1e-3
-    muon_rate: float = 0.0
     warmup_steps: int = 10
     final_fraction: float = 0.1
     weight_decay: float = 0.0
@@ -49,35 +42,15 @@ class OptimizerConfig:
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optimizer of a run of `steps` updates."""
-
-        def schedule(peak: float) -> optax.Schedule:
-            return optax.warmup_cosine_decay_schedule(
-                init_value=0.0,
-                peak_value=peak,
-                warmup_steps=self.warmup_steps,
-                decay_steps=max(steps, self.warmup_steps + 1),
-                end_value=peak * self.final_fraction,
-            )
-
-        adamw = schedule(self.learning_rate)
-        if self.muon_rate:
-            rule = optax.contrib.muon(
-                schedule(self.muon_rate),
-                weight_decay=self.weight_decay,
-                adam_b1=self.b1,
-                adam_b2=self.b2,
-                adam_learning_rate=adamw,
-                muon_weight_dimension_numbers=_stacked_matrices,
-            )
-        else:
-            rule = optax.adamw(adamw, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+        rate = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_steps=max(steps, self.warmup_steps + 1),
+            end_value=self.learning_rate * self.final_fraction,
+        )
+        rule = optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
-
-
-def _stacked_matrices(params: Params) -> Any:
-    """For Muon: matrices [layers, in, out] are orthogonalised layer by layer."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-    return jax.tree.map(lambda a: matrix if a.ndim == 3 else None, params)
 
 
 class TrainState(NamedTuple):

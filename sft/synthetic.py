@@ -34,10 +34,9 @@ MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
 # like, and the vocabulary projection of the rest is saved.
 CODE_SHARE, CODE_WEIGHT = 0.1, 0.5
 # Share of examples that end with a second look at the repaired function, all of it with loss. It is
-# nearly a copy of the first look: nothing teaches a small model to copy as quickly, and without it
-# the circuit of model/copying.py is lost again.
+# nearly a copy of the first look: dense practice in copying, which edits alone are not.
 REVIEW_SHARE = 0.15
-# Share of examples that are excerpts, which hold several times as many edits for their length.
+# Share of examples that are excerpts, which hold more edits for their length.
 EXCERPT_SHARE = 0.9
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from os.path import commonprefix
 
 from configs.errors import InputError
-from sandbox.agent_tools import ToolCall
+from sandbox.agent_tools import ToolCall, occurrences
 from sandbox.mutate import Edit, mutations
 
 # A line named by the traceback is this much likelier to be tried before another one.
@@ -108,7 +108,7 @@ def edit_call(lines: Sequence[str], line: int, new: str, *, undo: bool = False) 
     shift = len(after) - len(before)
     first, last = line - 1, line  # the whole lines quoted are those from first to last, less line
     lead = trail = ""
-    while start == end or _count(text, f"{lead}{''.join(before[start:end])}{trail}") > 1:
+    while start == end or len(occurrences(text, f"{lead}{''.join(before[start:end])}{trail}")) > 1:
         if end < len(before):
             end += 1
         elif start:
@@ -124,8 +124,3 @@ def edit_call(lines: Sequence[str], line: int, new: str, *, undo: bool = False) 
         "new": f"{lead}{''.join(after[start : end + shift])}{trail}",
     }
     return ToolCall("edit", arguments | ({"undo": True} if undo else {}))
-
-
-def _count(text: str, part: str) -> int:
-    """Places where `part` begins in `text`, overlaps counted."""
-    return sum(text.startswith(part, i) for i in range(len(text)))

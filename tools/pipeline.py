@@ -50,8 +50,9 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """`slots`: sandboxes that run at one time. `backend`: auto, bwrap or plain. `remember`: give
-    the report of an earlier test run when the very same tree is tested again."""
+    """`slots`: sandboxes that run at one time, and so episodes, for each holds one until its end.
+    `backend`: auto, bwrap or plain. `remember`: give the report of an earlier test run when the
+    very same tree is tested again."""
 
     slots: int = 4
     remember: bool = True
@@ -61,9 +62,10 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The in-process policy server. `slots`: episodes that hold a KV cache at one time."""
+    """The in-process policy server. `slots`: episodes that hold a KV cache at one time. A decode
+    step computes all of them: more than there are sandboxes stay empty, and cost as much."""
 
-    slots: int = 48
+    slots: int = 4
     prefill_chunk: int = 64
     prefill_rows: int = 8
 

@@ -79,9 +79,10 @@ def _functions(libraries: Sequence[str]) -> list:
     from sft.synthetic import Function
 
     packages = list(load_packages().values())
-    fetch(packages)
     heldout = [package for package in packages if package.split == "heldout"]
-    files = _files(libraries, packages)
+    roots = _roots(libraries, {package.name.replace("-", "_") for package in heldout})
+    fetch(packages)
+    files = _files(roots, packages)
     read = functools.partial(_read, frozenset(fingerprints(heldout)))
     found: list[Function] = []
     # spawned: this process may hold threads, which a fork would not survive
@@ -109,19 +110,24 @@ def _read(foreign: frozenset[str], file: tuple[str, Path]) -> list:
     return [f for f in functions if known.get(f.name) not in foreign]
 
 
-def _files(libraries: Sequence[str], packages: Sequence[Package]) -> dict[str, Path]:
-    """Source files by the name that the policy will see."""
-    heldout = {p.name.replace("-", "_") for p in packages if p.split == "heldout"}
-    roots = [(Path(sysconfig.get_path("stdlib")), "")]
+def _roots(libraries: Sequence[str], heldout: set[str]) -> dict[Path, str]:
+    """Folders to read beside the shipped packages, each with what stands before its names."""
+    roots = {Path(sysconfig.get_path("stdlib")): ""}
     for name in libraries:
+        if name in heldout:
+            raise InputError(f"libraries: {name} is held out")
         spec = importlib.util.find_spec(name)
-        if name in heldout or spec is None or not spec.submodule_search_locations:
-            reason = "is held out" if name in heldout else "is not an installed package"
-            raise InputError(f"libraries: {name} {reason}")
-        roots.append((Path(spec.submodule_search_locations[0]), f"{name}/"))
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"libraries: {name} is not installed here: pip install 'remend[dev]'")
+        roots[Path(spec.submodule_search_locations[0])] = f"{name}/"
+    return roots
+
+
+def _files(roots: dict[Path, str], packages: Sequence[Package]) -> dict[str, Path]:
+    """Source files by the name that the policy will see."""
     files = {
         prefix + str(path.relative_to(root)): path
-        for root, prefix in roots
+        for root, prefix in roots.items()
         for path in sorted(root.rglob("*.py"))
         if not set(path.relative_to(root).parts) & set(_SKIP)
     }

@@ -9,23 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import Qwen3Config
 from model.copying import copying_init
 from model.qwen3 import Params, init
-from tests.model.conftest import logits
+from tests.model.conftest import SMALL, logits
 
-CONFIG = Qwen3Config(
-    vocab_size=500,
-    hidden_size=192,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    rope_theta=1e6,
-    tie_word_embeddings=True,
-    scan_layers=False,
-)
+CONFIG = dataclasses.replace(SMALL, vocab_size=500, hidden_size=192, head_dim=64, rope_theta=1e6)
 
 
 def loss_on_repetition(params: Params) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from rl.rollout import Episode
 from rl.train import RLConfig, train_rl
 from sft.learner import OptimizerConfig
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, load
+from tests.runs import steps_of
 
 MODEL = Qwen3Config(
     vocab_size=64,
@@ -90,11 +90,6 @@ def train(run: Path, seed: int = 0, die_after: int = 0, config: RLConfig = CONFI
             on_step=on_step,
         )
     )
-
-
-def steps_of(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

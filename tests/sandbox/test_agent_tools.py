@@ -149,6 +149,16 @@ def test_an_edit_of_a_file_that_does_not_parse_looks_in_all_of_it(tree: Tree) ->
     assert texts == ["edited", "edited"] and diff == ""
 
 
+def test_lines_are_counted_as_python_counts_them(tree: Tree) -> None:
+    """A form feed ends no line of Python, though `str.splitlines` says so."""
+    (tree.root / "box.py").write_text("A = 1\n\f\nB = '\x1c'\n" + SOURCE)
+    texts, diff = converse(
+        tree, ToolCall("view", {}), ToolCall("edit", {"old": "return value", "new": "return low"})
+    )
+    assert texts[0].splitlines()[0] == "5     def clip(self, value, low):"
+    assert texts[1] == "edited" and "+        return low" in diff.splitlines()
+
+
 def test_search_is_literal_and_never_reaches_a_shell(tree: Tree) -> None:
     texts, _ = converse(
         tree,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.tokenizer import Tokenizer
+from sandbox.agent_tools import ToolCall
 from sft.chat import Renderer, parse_calls
 from sft.synthetic import Function, RepairEpisodes, extract
 
@@ -30,26 +31,26 @@ def test_functions_are_shown_as_they_stand_in_the_file(functions: list[Function]
 def test_the_edits_of_an_example_mend_the_function(
     functions: list[Function], tokenizer: Tokenizer
 ) -> None:
-    """Every edit fits the view before it, and all that carry loss together give the original."""
+    """Every edit quotes what the view holds just once; a repair of one edit gives the original."""
     originals = {"\n".join(f.lines) for f in functions}
     episodes = RepairEpisodes(functions, Renderer(tokenizer), seed=0)
+    repairs = 0
     for _ in range(200):
-        example = episodes.example()
-        assert len(example.ids) == len(example.weight)
-        text = tokenizer.decode(example.ids)
+        text = tokenizer.decode(episodes.example().ids)
         view, rest = _view(text)
         code = "\n".join(line.partition(" ")[2] for line in view)
-        # only the last turn of edits is the repair; those before were tried in vain
-        turns = [t for t in rest.split("<|im_end|>") if '"edit"' in t]
-        for turn in turns:
-            fixed = code
-            for call in parse_calls(turn):
-                if getattr(call, "name", "") == "edit":
-                    old, new = call.arguments["old"], call.arguments["new"]  # type: ignore[union-attr]
-                    assert old in fixed or turn.count('"edit"') > 1
-                    fixed = fixed.replace(old, new)
-        if turns[-1].count('"edit"') == 1:
-            assert fixed in originals
+        turns = [_edits(turn) for turn in rest.split("<|im_end|>") if '"edit"' in turn]
+        assert all(code.count(old) == 1 for turn in turns for old, _ in turn)
+        if len(turns[-1]) == 1:  # the last turn is the repair; those before were tried in vain
+            repairs += 1
+            assert code.replace(*turns[-1][0]) in originals
+    assert repairs > 20
+
+
+def _edits(turn: str) -> list[tuple[str, str]]:
+    """Old and new text of the edits of one turn."""
+    calls = [call for call in parse_calls(turn) if isinstance(call, ToolCall)]
+    return [(c.arguments["old"], c.arguments["new"]) for c in calls if c.name == "edit"]
 
 
 def _view(text: str) -> tuple[list[str], str]:

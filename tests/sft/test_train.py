@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ from model.qwen3 import init
 from sft.learner import Learner, OptimizerConfig, nll
 from sft.packing import Example, microbatches, pack
 from sft.train import SFTConfig, train_sft
+from tests.runs import steps_of
 
 MODEL = Qwen3Config(
     vocab_size=64,
@@ -47,12 +47,6 @@ def data(count: int = 24) -> list[Example]:
 
 class Killed(Exception):
     pass
-
-
-def steps_of(run: Path) -> list[dict]:
-    """The metrics, without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 5])

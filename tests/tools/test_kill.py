@@ -5,7 +5,6 @@ The other resume tests interrupt by an exception; here a real process dies at an
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.runs import steps_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SFT = """
@@ -43,28 +44,18 @@ def start(script: str, run: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
-def steps_of(run: Path) -> list[dict]:
-    """Whole lines of the metrics so far, without what depends on the clock."""
-    path = run / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-@pytest.mark.parametrize(("script", "kills"), [(SFT, [5]), (RL, [3])], ids=["sft", "rl"])
-def test_kill_9_and_again_gives_the_same_bits(
-    tmp_path: Path, script: str, kills: list[int]
-) -> None:
+@pytest.mark.parametrize(("script", "at"), [(SFT, 5), (RL, 3)], ids=["sft", "rl"])
+def test_kill_9_and_again_gives_the_same_bits(tmp_path: Path, script: str, at: int) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(script, whole).wait(timeout=120) == 0
-    for at in kills:
-        process = start(script, cut)
-        deadline = time.monotonic() + 120
-        while len(steps_of(cut)) < at:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    process = start(script, cut)
+    deadline = time.monotonic() + 120
+    while len(steps_of(cut)) < at:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert at <= len(steps_of(cut)) < len(steps_of(whole))
     assert start(script, cut).wait(timeout=120) == 0
     assert steps_of(cut) == steps_of(whole)
     assert (cut / "final.npz").read_bytes() == (whole / "final.npz").read_bytes()
