@@ -22,6 +22,7 @@ from model.config import Qwen3Config
 from model.qwen3 import Params
 from rl.advantage import group_advantages
 from rl.loss import LossConfig, grpo_loss
+from rl.reward import RewardConfig, reward
 from rl.rollout import Episode
 from sandbox.task import Task
 from sft.learner import Learner, OptimizerConfig, TrainState
@@ -38,6 +39,7 @@ class RLConfig:
     updates_per_step: optimizer updates that a step's episodes are cut into, group by group.
     row_tokens, row_targets, microbatch_rows: shape of the learner's batches.
     checkpoint_every: steps between checkpoints.
+    scale_advantages: divide a group's advantages by the standard deviation of its rewards.
     """
 
     steps: int = 20
@@ -48,6 +50,8 @@ class RLConfig:
     row_targets: int = 512
     microbatch_rows: int = 8
     checkpoint_every: int = 4
+    scale_advantages: bool = True
+    reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -108,6 +112,8 @@ async def train_rl(
         publish(state.params, step)
         episodes = _episodes(tasks, config, seed, step)
         done = await rollout(episodes)
+        for trajectory in done:
+            trajectory.reward = reward(trajectory, config.reward)
         save(run / "trajectories" / f"rl-{step + 1:06d}.jsonl", done)
         rolled = time.monotonic()
         groups = [done[i : i + config.group_size] for i in range(0, len(done), config.group_size)]
@@ -155,7 +161,7 @@ def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig) -> list[R
     denominator would, so they are left out: their gradient is zero (dynamic sampling, DAPO)."""
     data = []
     for group in groups:
-        advantages = group_advantages([t.reward for t in group])
+        advantages = group_advantages([t.reward for t in group], scale=config.scale_advantages)
         if not any(advantages):
             continue
         for t, advantage in zip(group, advantages, strict=True):

@@ -19,6 +19,7 @@ from sandbox.mutate import FunctionSpan, functions
 # what differs from run to run: addresses, and the names that `tempfile` draws
 _VOLATILE = re.compile(r"(?<=0x)[0-9a-fA-F]+|(?<=\btmp)[a-z0-9_]{8}(?![a-z0-9_])")
 
+EDITED, STILL_FAILING = "edited", "still failing, same errors"
 MAX_VIEW_LINES = 40
 MAX_MATCHES = 12
 MAX_LINE_CHARS = 160
@@ -212,7 +213,7 @@ class ToolBox:
         changed = source[: found[0]] + new + source[found[0] + len(old) :]
         self._before_edit.setdefault(path, source.encode())
         await self._sandbox.write(path, changed.encode())
-        return "edited"
+        return EDITED
 
     async def _run_tests(self) -> str:
         report = await self._sandbox.run_tests(self._tests)
@@ -222,7 +223,7 @@ class ToolBox:
         if last is None:
             return self._last_failure
         if last == self._last_failure:
-            return "still failing, same errors"
+            return STILL_FAILING
         return describe_failure(report, MAX_FRAMES_LATER)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.tokenizer import Tokenizer
-from sandbox.agent_tools import ToolCall
+from sandbox.agent_tools import EDITED, STILL_FAILING, ToolCall
 
 SYSTEM = "Find the bug, edit the source, run the tests, then submit."
 
@@ -35,10 +35,10 @@ FRAGMENTS = (
     "Fix the source; do not change the tests.",
     " tests fail\n",
     " tests pass",
-    "still failing, same errors",
+    STILL_FAILING,
     "AssertionError: assert ",
     "assistant\n",
-    "edited",
+    EDITED,
     "error: old occurs ",
     " times in ",
 )

@@ -19,18 +19,20 @@ from sft.chat import Renderer
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example, microbatches, pack
-from sft.synthetic import Function, RepairEpisodes
+from sft.synthetic import Function, MixConfig, RepairEpisodes
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Attributes:
+    start: a Hugging Face folder to go on from, weights and tokenizer; empty: from scratch.
     libraries: installed packages, by import name, whose functions are learnt from as well.
     tokenizer_functions: functions that the tokenizer is trained on, drawn at random.
     steps: updates, each of `batch_rows` packed rows of `row_tokens`.
     """
 
     model: Qwen3Config
+    start: str = ""
     devices: int = 1
     vocab_size: int = 4096
     libraries: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class PretrainConfig:
     row_tokens: int = 768
     row_targets: int = 384
     checkpoint_every: int = 200
+    mix: MixConfig = field(default_factory=MixConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -50,20 +53,21 @@ def pretrain(
     run: Path,
     *,
     seed: int,
+    start: Params | None = None,
     mesh: Mesh | None = None,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
 ) -> Params:
-    """Train from scratch on synthetic episodes over `functions`; resumes where it was cut off."""
+    """Train on synthetic episodes over `functions`, from `start` or else from scratch; resumes
+    where it was cut off."""
     learner = Learner(config.model, config.optimizer.build(config.steps), nll, mesh)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "pretrain")
-    state = learner.init(copying_init(config.model, seed))
+    state = learner.init(copying_init(config.model, seed) if start is None else start)
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))
-    start = int(state.step)
-    metrics.rewind("pretrain", start)
-    for step in range(start, config.steps):
+    metrics.rewind("pretrain", int(state.step))
+    for step in range(int(state.step), config.steps):
         began = time.monotonic()
         rows = pack(_batch(config, functions, renderer, seed, step), *_shape(config))
         full = np.argsort(-(rows.segments > 0).sum(axis=1), kind="stable")[: config.batch_rows]
@@ -93,7 +97,7 @@ def _batch(
     step: int,
 ) -> list[Example]:
     """Enough examples for one update; a function of (seed, step), so that a resumed run agrees."""
-    episodes = RepairEpisodes(functions, renderer, seed * 1_000_003 + step)
+    episodes = RepairEpisodes(functions, renderer, seed * 1_000_003 + step, config.mix)
     wanted = config.batch_rows * config.row_tokens * 11 // 10
     found: list[Example] = []
     while sum(len(e.ids) for e in found) < wanted:

@@ -21,7 +21,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from configs.errors import InputError
-from sandbox.agent_tools import ToolCall
+from sandbox.agent_tools import EDITED, STILL_FAILING, ToolCall, occurrences
 from sandbox.mutate import REVERSIBLE, Edit, functions, mutations
 from sft.chat import Renderer
 from sft.packing import Example
@@ -36,8 +36,6 @@ CODE_SHARE, CODE_WEIGHT = 0.1, 0.5
 # Share of examples that end with a second look at the repaired function, all of it with loss. It is
 # nearly a copy of the first look: dense practice in copying, which edits alone are not.
 REVIEW_SHARE = 0.15
-# Share of examples that are excerpts, which hold more edits for their length.
-EXCERPT_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -92,41 +90,74 @@ def extract(module: str, source: str) -> Iterator[Function]:
             yield Function(module, span.name, span.line, tuple(body), tuple(edits))
 
 
+def _broken(function: Function, bugs: Sequence[Edit]) -> tuple[list[str], str]:
+    """The function's lines with `bugs` in them, and the margin that its bugs' lines lack."""
+    lines = _dedent(function.lines)
+    margin = " " * (len(function.lines[0]) - len(lines[0]))
+    for bug in bugs:
+        lines[bug.line - 1] = bug.new
+    return [margin * bool(line) + line for line in lines], margin
+
+
 def _dedent(lines: Sequence[str]) -> list[str]:
     margin = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
     return [line[margin:] for line in lines]
 
 
-class RepairEpisodes:
-    """An endless, seeded stream of pre-training examples over `pool`."""
+@dataclass(frozen=True)
+class MixConfig:
+    """Shares of pre-training examples by form; the rest are excerpts.
 
-    def __init__(self, pool: Sequence[Function], renderer: Renderer, seed: int) -> None:
-        self._pool, self._renderer = pool, renderer
+    Attributes:
+      tries: one edit a turn, each with its test run, until the tests pass.
+      prompted: of the tries, those with the task's prompt and a first failure in front.
+      slips: of the edits of a try, those that follow one which the tools refused.
+      changed: of the failing runs, those that fail otherwise than before.
+    """
+
+    tries: float = 0.1
+    prompted: float = 1.0
+    slips: float = 0.0
+    changed: float = 0.25
+
+
+class RepairEpisodes:
+    """An endless, seeded stream of pre-training examples over `pool`.
+
+    An example has up to six bugs, on different lines of one function, and an edit for each, in
+    random order: several answers to learn from for one reading of the code. An excerpt mends all of
+    them in one turn, and holds the most edits for its length. Tries mend one in each turn and take
+    back the one before, as someone does who looks for the one bug that the tests see: what an agent
+    meets, but no try is a bad guess, and none comes twice.
+    """
+
+    def __init__(
+        self, pool: Sequence[Function], renderer: Renderer, seed: int, mix: MixConfig
+    ) -> None:
+        self._pool, self._renderer, self._mix = pool, renderer, mix
         # short functions more often: more answers to learn from for the same reading
         self._weights = list(accumulate(1.0 / (100 + sum(map(len, f.lines))) for f in pool))
         self._random = random.Random(seed)
 
     def example(self) -> Example:
-        """An excerpt with up to six bugs, or an episode with up to three bugs mended in one turn,
-        or an episode with one bug, perhaps after wrong tries.
-
-        Several bugs give several answers to learn from for one reading of the code; their order is
-        random, so that the first answer is any of them.
-        """
-        (function,) = self._random.choices(self._pool, cum_weights=self._weights)
-        excerpt = self._random.random() < EXCERPT_SHARE
-        count = self._random.choice((1, 2, 3, 4, 5, 6) if excerpt else (1, 1, 1, 2, 3))
-        bugs = self._pick(function.mendable, count)
-        lines = list(_dedent(function.lines))
-        margin = " " * (len(function.lines[0]) - len(lines[0]))
-        for bug in bugs:
-            lines[bug.line - 1] = bug.new
-        shown = [margin * bool(line) + line for line in lines]
-        calls = [edit_call(shown, bug.line, margin + bug.old) for bug in bugs]
-        if excerpt:
+        """The next example."""
+        function = self._draw()
+        bugs = self._pick(function.mendable, self._random.randint(1, 6))
+        shown, margin = _broken(function, bugs)
+        tries = self._chance(self._mix.tries)
+        calls = [
+            edit_call(shown, bug.line, margin + bug.old, undo=tries and i > 0)
+            for i, bug in enumerate(bugs)
+        ]
+        if not tries:
             return self._excerpt(function, shown, calls)
-        wrong = self._wrong(margin, lines, shown, calls[0]) if len(bugs) == 1 else []
-        return self._episode(function, shown, bugs[0].line, calls, wrong)
+        return self._tries(function, shown, [bug.line for bug in bugs], calls)
+
+    def _draw(self) -> Function:
+        return self._random.choices(self._pool, cum_weights=self._weights)[0]
+
+    def _chance(self, share: float) -> bool:
+        return self._random.random() < share
 
     def _pick(self, bugs: Sequence[Edit], count: int) -> list[Edit]:
         """Bugs on different lines, kinds of bug equally likely, in random order."""
@@ -139,71 +170,78 @@ class RepairEpisodes:
             chosen.setdefault(bug.line, bug)
         return list(chosen.values())
 
-    def _wrong(
-        self, margin: str, lines: list[str], shown: list[str], right: ToolCall
-    ) -> list[ToolCall]:
-        """Edits that a searcher might try first, in vain."""
-        count = self._random.choice((0, 0, 0, 1, 2, 3, 4))
-        if not count:
-            return []
-        try:
-            edits = mutations("\n".join(lines) + "\n")
-        except InputError:
-            return []
-        calls: list[ToolCall] = []
-        for _ in range(count if edits else 0):
-            edit = self._pick(edits, 1)[0]
-            call = edit_call(shown, edit.line, margin + edit.new)
-            if call not in calls and call != right:
-                calls.append(call)
-        return calls
-
     def _excerpt(self, function: Function, shown: list[str], calls: list[ToolCall]) -> Example:
-        render = self._renderer
         parts = _Parts(self._random)
-        parts.add(render.observation([_numbered(function, shown)]), CODE_SHARE, CODE_WEIGHT)
-        parts.add(render.reply([*calls, RUN]))
+        view = _numbered(function, shown)
+        parts.add(self._renderer.observation([view]), CODE_SHARE, CODE_WEIGHT)
+        parts.add(self._renderer.reply([*calls, RUN]))
         self._review(parts, function)
         return parts.example()
 
-    def _episode(
-        self,
-        function: Function,
-        shown: list[str],
-        bug_line: int,
-        calls: list[ToolCall],
-        wrong: list[ToolCall],
+    def _tries(
+        self, function: Function, shown: list[str], bug_lines: list[int], calls: list[ToolCall]
     ) -> Example:
         render = self._renderer
         short = function.name.rsplit(".", 1)[-1].strip("_")
         stem = function.module.rsplit("/", 1)[-1].removesuffix(".py").strip("_")
         test = f"tests/test_{stem}.py::test_{short}"
-        prompt = render.prompt(
-            f"Tests fail because of a bug in `{function.name}` in `{function.module}`.\n"
-            f"Failing: {test}\nFix the source; do not change the tests."
-        )
         count = self._random.randint(1, 20)
-        failure = self._failure(function, shown, bug_line, test, count)
         parts = _Parts(self._random)
-        parts.add(prompt, 0.0)
-        parts.add(render.reply([RUN, VIEW]))
-        code = _numbered(function, shown)
-        parts.add(render.observation([failure, code]), CODE_SHARE, CODE_WEIGHT)
-        tries = [([call], 0.0) for call in wrong] + [(calls, 1.0)]
-        for i, (edits, share) in enumerate(tries):
-            if i:
-                edits = [ToolCall(c.name, {**c.arguments, "undo": True}) for c in edits]
-            parts.add(render.reply([*edits, RUN]), share)
-            passed = i == len(tries) - 1
-            outcome = f"all {count} tests pass" if passed else "still failing, same errors"
-            parts.add(render.observation(["edited"] * len(edits) + [outcome]), 0.0)
+        seen = [_numbered(function, shown)]
+        if self._chance(self._mix.prompted):
+            prompt = render.prompt(
+                f"Tests fail because of a bug in `{function.name}` in `{function.module}`.\n"
+                f"Failing: {test}\nFix the source; do not change the tests."
+            )
+            parts.add(prompt, 0.0)
+            parts.add(render.reply([RUN, VIEW]))
+            # the tests see the bug that is mended last
+            seen.insert(0, self._failure(function, shown, bug_lines[-1], test, count))
+        parts.add(render.observation(seen), CODE_SHARE, CODE_WEIGHT)
+        undo = False
+        for i, call in enumerate(calls):
+            if self._chance(self._mix.slips):
+                slip, refusal = self._slip(function, shown, undo)
+                parts.add(render.reply([slip, RUN]), 0.0)
+                parts.add(render.observation([refusal, STILL_FAILING]), 0.0)
+                call, undo = ToolCall("edit", {**call.arguments, "undo": True}), True
+            parts.add(render.reply([call, RUN]))
+            undo, outcome = True, STILL_FAILING
+            if i == len(calls) - 1:
+                outcome = f"all {count} tests pass"
+            elif self._chance(self._mix.changed):
+                outcome = self._failure(function, shown, bug_lines[i], test, count)
+            parts.add(render.observation([EDITED, outcome]), 0.0)
         self._review(parts, function)
         parts.add(render.reply([SUBMIT]))
         return parts.example()
 
+    def _slip(self, function: Function, shown: list[str], undo: bool) -> tuple[ToolCall, str]:
+        """An edit that the tools refuse, and what they answer."""
+        text = "\n".join(shown)
+        words = sorted(set(_WORD.findall(text)))
+        foreign = self._draw()
+        (bug,) = self._pick(foreign.mendable, 1)
+        strange, margin = _broken(foreign, [bug])
+        arguments = dict(edit_call(strange, bug.line, margin + bug.old, undo=undo).arguments)
+        match self._random.choice(("absent", "absent", "absent", "repeated", "same")):
+            case "repeated":
+                arguments["old"] = max(words, key=lambda word: len(occurrences(text, word)))
+            case "same":
+                arguments["old"] = self._random.choice(words)
+                arguments["new"] = arguments["old"]
+        found = len(occurrences(text, arguments["old"]))
+        if found == 1:
+            arguments["new"] = arguments["old"]
+        if arguments["old"] == arguments["new"]:
+            error = "old and new are the same"
+        else:
+            error = f"old occurs {found} times in {function.name}"
+        return ToolCall("edit", arguments), f"error: {error}"
+
     def _review(self, parts: _Parts, function: Function) -> None:
         """Perhaps another look at the function, repaired."""
-        if self._random.random() < REVIEW_SHARE:
+        if self._chance(REVIEW_SHARE):
             parts.add(self._renderer.reply([VIEW]), 0.0)
             parts.add(self._renderer.observation([_numbered(function, function.lines)]))
 

@@ -18,7 +18,7 @@ from model.qwen3 import Params
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example, microbatches, pack
-from sft.trajectory import Trajectory
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,26 @@ class SFTConfig:
 
 
 def examples(trajectories: Sequence[Trajectory]) -> list[Example]:
-    """Every token of a verified trajectory, with loss on the policy's own tokens only."""
-    return [Example(t.ids, [float(a) for a in t.author]) for t in trajectories if t.success]
+    """Every token of the verified trajectories, with loss on what their policy wrote, less the
+    turns whose edits it took back later.
+
+    A search has many wrong guesses for each right one. As context they show what to do after a
+    wrong guess; as targets they would teach to guess wrong.
+    """
+    return [Example(t.ids, _weights(t)) for t in trajectories if t.success]
+
+
+def _weights(trajectory: Trajectory) -> list[float]:
+    """For each id, 1 if the policy wrote it in a turn that stood, else 0."""
+    edits = [[c for c in turn.calls if c["name"] == "edit"] for turn in trajectory.turns]
+    undo = [i for i, calls in enumerate(edits) if any(c["arguments"].get("undo") for c in calls)]
+    undone = {i for i in range(max(undo, default=0)) if edits[i]}
+    weights, turn, last = [], -1, ENVIRONMENT
+    for author in trajectory.author:
+        turn += author == POLICY and last == ENVIRONMENT  # a turn begins
+        weights.append(float(author == POLICY and turn not in undone))
+        last = author
+    return weights
 
 
 def train_sft(

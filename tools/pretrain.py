@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_intermixed_args(argv)
 
-    from model.hf import save_hf
+    from model.hf import load_hf, save_hf
     from model.host import keep_freed_memory
     from model.sharding import data_mesh, simulate_devices
     from model.tokenizer import Tokenizer, train
@@ -52,9 +52,14 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{args.config}: vocab_size and model.vocab_size differ")
     keep_freed_memory()
     simulate_devices(config.devices)
+    start = load_hf(Path(config.start)) if config.start else None
+    if start and start.config.to_hf() != config.model.to_hf():
+        raise InputError(f"{config.start} holds a model of another shape than {args.config}")
     functions = _functions(config.libraries)
     saved = args.out / "tokenizer"
-    if not saved.exists():
+    if start:
+        start.tokenizer.save(saved)
+    elif not saved.exists():
         drawn = random.Random(args.seed).sample(functions, config.tokenizer_functions)
         train(corpus_texts(drawn), config.vocab_size, FRAGMENTS).save(saved)
     tokenizer = Tokenizer.load(saved)
@@ -65,6 +70,7 @@ def main(argv: list[str]) -> int:
             Renderer(tokenizer),
             args.out,
             seed=args.seed,
+            start=start.params if start else None,
             mesh=data_mesh(config.devices) if config.devices > 1 else None,
             on_step=lambda n, of, m: report(n, of, f"loss {m['pretrain/loss']:.3f}"),
         )

@@ -110,6 +110,8 @@ def test_advantages_are_centred_scaled_and_follow_a_permutation(rewards, random)
         assert found == [0.0] * len(rewards)
     else:
         assert np.mean(np.square(found)) == pytest.approx(1.0, rel=1e-4)
+    centred = group_advantages(rewards, scale=False)
+    assert np.std(rewards) * np.array(found) == pytest.approx(centred, abs=1e-4)
     order = list(range(len(rewards)))
     random.shuffle(order)
     shuffled = group_advantages([rewards[i] for i in order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -11,9 +12,14 @@ import pytest
 from configs.errors import InputError
 from model.config import Qwen3Config
 from model.qwen3 import init
+from model.tokenizer import Tokenizer
+from sandbox.agent_tools import ToolCall
+from sft.chat import Renderer
 from sft.learner import Learner, OptimizerConfig, nll
 from sft.packing import Example, microbatches, pack
-from sft.train import SFTConfig, train_sft
+from sft.teacher import RUN, SUBMIT, VIEW
+from sft.train import SFTConfig, examples, train_sft
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn
 from tests.runs import steps_of
 
 MODEL = Qwen3Config(
@@ -43,6 +49,37 @@ def data(count: int = 24) -> list[Example]:
         Example(rng.integers(1, 64, n).tolist(), [0.0] * 3 + [1.0] * (n - 3))
         for n in rng.integers(8, 40, count)
     ]
+
+
+def _trajectory(renderer: Renderer, replies: list[list[ToolCall]], verdict: str) -> Trajectory:
+    """An episode of these replies, each answered."""
+    t = Trajectory("t", "p", "o", "train", "teacher", 0, -1, "Repair it.")
+    t.add(renderer.prompt(t.prompt), ENVIRONMENT)
+    for calls in replies:
+        t.add(renderer.reply(calls), POLICY)
+        t.turns.append(Turn("", [asdict(call) for call in calls], ["answer"] * len(calls)))
+        t.add(renderer.observation(["answer"] * len(calls)), ENVIRONMENT)
+    t.verdict = {"verdict": verdict}
+    return t
+
+
+def test_loss_is_on_the_turns_that_stood(tokenizer: Tokenizer) -> None:
+    """Guesses taken back are context; all else that the policy wrote is learnt, and no more."""
+
+    def edit(new: str, undo: bool) -> ToolCall:
+        return ToolCall("edit", {"old": "a", "new": new} | ({"undo": True} if undo else {}))
+
+    renderer = Renderer(tokenizer)
+    first, last = edit("b", False), edit("d", True)
+    replies = [[RUN, VIEW], [first, RUN], [edit("c", True), RUN], [VIEW], [last, RUN], [SUBMIT]]
+    built_on = [[first, RUN], [edit("c", False), RUN]]
+    cases = [(replies, (0, 3, 4, 5)), (replies[:2], (0, 1)), (built_on, (0, 1))]
+    for written, stood in cases:
+        (example,) = examples([_trajectory(renderer, written, "pass")])
+        learnt = [i for i, w in zip(example.ids, example.weight, strict=True) if w]
+        assert set(example.weight) == {0.0, 1.0}
+        assert learnt == [i for turn in stood for i in renderer.reply(written[turn])]
+    assert examples([_trajectory(renderer, replies, "fail")]) == []
 
 
 class Killed(Exception):
