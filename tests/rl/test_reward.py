@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from configs.errors import InputError
-from rl.reward import MAX_EFFORT, RewardConfig, reward, count_tries
+from rl.reward import MAX_EFFORT, RewardConfig, count_tries, reward
 from sft.trajectory import Trajectory, Turn
 
 RUN = {"name": "run_tests", "arguments": {}}
