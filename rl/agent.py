@@ -21,7 +21,8 @@ class AgentConfig:
     """Limits of one episode, the same for teacher, student and every evaluation.
 
     Attributes:
-      max_turns: policy turns; a turn may hold several tool calls.
+      max_turns: policy turns. A turn may hold several tool calls, carried out in order until
+        tests pass: a policy may plan several tries at once.
       max_tokens: whole episode, prompt included; also the length of the KV cache.
       max_new_tokens: sampled in one turn.
       temperature: of sampling, in rollouts and evaluations alike.
@@ -75,7 +76,7 @@ class TeacherPolicy:
         self._renderer = renderer
 
     async def open(self, seed: int) -> Session:
-        return _ScriptedSession(SearchTeacher(seed).act, self._renderer)
+        return ScriptedSession(SearchTeacher(seed).act, self._renderer)
 
 
 class NoopPolicy:
@@ -87,10 +88,10 @@ class NoopPolicy:
         self._renderer = renderer
 
     async def open(self, seed: int) -> Session:
-        return _ScriptedSession(lambda texts: [SUBMIT], self._renderer)
+        return ScriptedSession(lambda texts: [SUBMIT], self._renderer)
 
 
-class _ScriptedSession:
+class ScriptedSession:
     """A policy that writes calls rather than samples tokens."""
 
     def __init__(self, act: Callable[[Sequence[str]], list[ToolCall]], renderer: Renderer) -> None:
@@ -165,6 +166,8 @@ async def _converse(
             if observation.done:
                 record.stop = "submit"
                 return
+            if observation.passed:
+                break  # what else this turn holds was planned for tests that fail
         texts = turn.observations
         ids = renderer.observation(texts, ended=reply.ended)
     record.stop = "turns"

@@ -87,10 +87,11 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy is told, and whether the episode ends here."""
+    """What the policy is told, and whether the episode ends here, or the tests passed."""
 
     text: str
     done: bool = False
+    passed: bool = False
 
 
 class CallError(ValueError):
@@ -138,7 +139,7 @@ class ToolBox:
                 case "edit":
                     text = await self._edit(**call.arguments)
                 case "run_tests":
-                    text = await self._run_tests()
+                    return await self._run_tests()
                 case _:
                     return Observation("submitted", done=True)
         except (CallError, SandboxError) as error:
@@ -215,16 +216,16 @@ class ToolBox:
         await self._sandbox.write(path, changed.encode())
         return EDITED
 
-    async def _run_tests(self) -> str:
+    async def _run_tests(self) -> Observation:
         report = await self._sandbox.run_tests(self._tests)
         if report.passed(self._tests):
-            return f"all {len(self._tests)} tests pass"
+            return Observation(f"all {len(self._tests)} tests pass", passed=True)
         last, self._last_failure = self._last_failure, describe_failure(report)
         if last is None:
-            return self._last_failure
+            return Observation(self._last_failure)
         if last == self._last_failure:
-            return STILL_FAILING
-        return describe_failure(report, MAX_FRAMES_LATER)
+            return Observation(STILL_FAILING)
+        return Observation(describe_failure(report, MAX_FRAMES_LATER))
 
 
 def describe_failure(report: TestReport, frames: int = MAX_FRAMES) -> str:

@@ -113,22 +113,25 @@ class MixConfig:
       prompted: of the tries, those with the task's prompt and a first failure in front.
       slips: of the edits of a try, those that follow one which the tools refused.
       changed: of the failing runs, those that fail otherwise than before.
+      joined: of the tries, those that stand in one turn with the one before.
     """
 
     tries: float = 0.1
     prompted: float = 1.0
     slips: float = 0.0
     changed: float = 0.25
+    joined: float = 0.0
 
 
 class RepairEpisodes:
     """An endless, seeded stream of pre-training examples over `pool`.
 
     An example has up to six bugs, on different lines of one function, and an edit for each, in
-    random order: several answers to learn from for one reading of the code. An excerpt mends all of
-    them in one turn, and holds the most edits for its length. Tries mend one in each turn and take
-    back the one before, as someone does who looks for the one bug that the tests see: what an agent
-    meets, but no try is a bad guess, and none comes twice.
+    random order: several answers to learn from for one reading of the code. An excerpt mends them
+    all in one turn, and holds the most edits for its length. Tries mend one after the other, with a
+    test run and mostly a turn for each, and take back the one before, as someone does who looks for
+    the one bug that the tests see: what an agent meets, but no try is a bad guess, and none comes
+    twice.
     """
 
     def __init__(
@@ -186,6 +189,9 @@ class RepairEpisodes:
         stem = function.module.rsplit("/", 1)[-1].removesuffix(".py").strip("_")
         test = f"tests/test_{stem}.py::test_{short}"
         count = self._random.randint(1, 20)
+        # the tests see the bug that try `repair` mends; what its turn holds behind it is not run
+        turns = self._turns(list(zip(calls, bug_lines, strict=True)))
+        repair = sum(map(len, turns[:-1])) + self._random.randrange(len(turns[-1]))
         parts = _Parts(self._random)
         seen = [_numbered(function, shown)]
         if self._chance(self._mix.prompted):
@@ -195,26 +201,39 @@ class RepairEpisodes:
             )
             parts.add(prompt, 0.0)
             parts.add(render.reply([RUN, VIEW]))
-            # the tests see the bug that is mended last
-            seen.insert(0, self._failure(function, shown, bug_lines[-1], test, count))
+            seen.insert(0, self._failure(function, shown, bug_lines[repair], test, count))
         parts.add(render.observation(seen), CODE_SHARE, CODE_WEIGHT)
-        undo = False
-        for i, call in enumerate(calls):
+        done = 0
+        for turn in turns:
             if self._chance(self._mix.slips):
-                slip, refusal = self._slip(function, shown, undo)
+                slip, refusal = self._slip(function, shown, undo=done > 0)
                 parts.add(render.reply([slip, RUN]), 0.0)
                 parts.add(render.observation([refusal, STILL_FAILING]), 0.0)
-                call, undo = ToolCall("edit", {**call.arguments, "undo": True}), True
-            parts.add(render.reply([call, RUN]))
-            undo, outcome = True, STILL_FAILING
-            if i == len(calls) - 1:
-                outcome = f"all {count} tests pass"
-            elif self._chance(self._mix.changed):
-                outcome = self._failure(function, shown, bug_lines[i], test, count)
-            parts.add(render.observation([EDITED, outcome]), 0.0)
+                again = ToolCall("edit", {**turn[0][0].arguments, "undo": True})
+                turn[0] = again, turn[0][1]
+            parts.add(render.reply([call for edit, _ in turn for call in (edit, RUN)]))
+            answers: list[str] = []
+            for _, line in turn[: repair + 1 - done]:
+                answers += [EDITED, STILL_FAILING]
+                if self._chance(self._mix.changed):
+                    answers[-1] = self._failure(function, shown, line, test, count)
+            done += len(turn)
+            if done > repair:
+                answers[-1] = f"all {count} tests pass"
+            parts.add(render.observation(answers), 0.0)
         self._review(parts, function)
         parts.add(render.reply([SUBMIT]))
         return parts.example()
+
+    def _turns(self, tries: list[tuple[ToolCall, int]]) -> list[list[tuple[ToolCall, int]]]:
+        """Tries, each with its line, by turn."""
+        turns = [tries[:1]]
+        for one in tries[1:]:
+            if self._chance(self._mix.joined):
+                turns[-1].append(one)
+            else:
+                turns.append([one])
+        return turns
 
     def _slip(self, function: Function, shown: list[str], undo: bool) -> tuple[ToolCall, str]:
         """An edit that the tools refuse, and what they answer."""

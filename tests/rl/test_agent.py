@@ -9,12 +9,22 @@ import pytest
 
 from configs.errors import InputError
 from model.tokenizer import Tokenizer
-from rl.agent import AgentConfig, NoopPolicy, Policy, Reply, TeacherPolicy
+from rl.agent import (
+    AgentConfig,
+    NoopPolicy,
+    Policy,
+    Reply,
+    ScriptedSession,
+    Session,
+    TeacherPolicy,
+)
 from rl.rollout import Episode, run_episodes
+from sandbox.agent_tools import ToolCall
 from sandbox.local import LocalPool
 from sandbox.task import Task, load_tasks
 from sandbox.verdict import judge
 from sft.chat import Renderer
+from sft.teacher import RUN, SUBMIT
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory
 
 pytestmark = pytest.mark.network
@@ -74,6 +84,28 @@ def test_the_same_seed_gives_the_same_episode(tasks: list[Task], tokenizer: Toke
     first = run(tasks[:2], TeacherPolicy(render), render, 5)
     again = run(tasks[:2], TeacherPolicy(render), render, 5)
     assert [t.ids for t in first] == [t.ids for t in again]
+
+
+def test_a_turn_ends_when_the_tests_pass(tasks: list[Task], tokenizer: Tokenizer) -> None:
+    """Tries planned behind the right one are dropped, rather than undoing it."""
+    render = Renderer(tokenizer)
+    taught = [t for seed in range(3) for t in run(tasks, TeacherPolicy(render), render, seed)]
+    solved = next(t for t in taught if t.success and t.stop == "submit")
+    repair = solved.turns[-2].calls[0]["arguments"] | {"undo": True}
+    spoilt = {"old": repair["old"], "new": "(", "undo": True}
+    calls = [ToolCall("edit", spoilt), RUN, ToolCall("edit", repair), RUN]
+
+    class Planner(TeacherPolicy):
+        async def open(self, seed: int) -> Session:
+            replies = iter([[*calls, ToolCall("edit", spoilt), RUN], [SUBMIT]])
+            return ScriptedSession(lambda texts: next(replies), render)
+
+    task = next(task for task in tasks if task.name == solved.task)
+    (t,) = run([task], Planner(render), render, 0)
+    assert t.success and len(t.turns) == 2
+    assert [o.split()[0] for o in t.turns[0].observations][::2] == ["edited", "edited"]
+    assert t.turns[0].observations[-1].endswith(" tests pass") and len(t.turns[0].calls) == 4
+    assert t.turns[0].text.count('"run_tests"') == 3
 
 
 class _Babbler:

@@ -80,6 +80,29 @@ def test_tries_come_one_by_one_and_tell_what_the_tools_would_say(
     assert all(count > 20 for count in seen.values()), seen
 
 
+def test_tries_may_share_a_turn_which_ends_when_the_tests_pass(
+    functions: list[Function], tokenizer: Tokenizer
+) -> None:
+    mix = MixConfig(tries=1.0, slips=0.2, joined=0.5)
+    episodes = RepairEpisodes(functions, Renderer(tokenizer), 4, mix)
+    shared = dropped = 0
+    for _ in range(200):
+        code, turns = _turns(tokenizer.decode(episodes.example().ids))
+        for i, turn in enumerate(turns):
+            edits, (said, _, heard) = _edits(turn), turn.partition("<|im_end|>")
+            answers = heard.count("<tool_response>")
+            passed = heard.count(" tests pass")
+            assert said.count("run_tests") == len(edits)
+            assert passed == (i == len(turns) - 1)
+            assert answers == 2 * len(edits) or passed and answers < 2 * len(edits)
+            assert [undo for _, _, undo in edits] == [i + k > 0 for k in range(len(edits))]
+            if "edited" in heard:
+                assert all(code.count(old) == 1 for old, _, _ in edits)
+            shared += len(edits) > 1
+            dropped += answers < 2 * len(edits)
+    assert shared > 30 and dropped > 10
+
+
 def test_no_loss_on_an_edit_that_the_tools_refuse(
     functions: list[Function], tokenizer: Tokenizer
 ) -> None:
