@@ -13,7 +13,7 @@ from sandbox.task import Task
 from sandbox.verdict import judge
 from sft.chat import Malformed, Renderer, parse_calls
 from sft.teacher import SUBMIT, SearchTeacher
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn
+from sft.trajectory import DROPPED, ENVIRONMENT, POLICY, Trajectory, Turn
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class TeacherPolicy:
 
     name = "teacher"
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._renderer = renderer
+    def __init__(self, renderer: Renderer, joined: float = 0.0) -> None:
+        self._renderer, self._joined = renderer, joined
 
     async def open(self, seed: int) -> Session:
-        return ScriptedSession(SearchTeacher(seed).act, self._renderer)
+        return ScriptedSession(SearchTeacher(seed, self._joined).act, self._renderer)
 
 
 class NoopPolicy:
@@ -167,7 +167,19 @@ async def _converse(
                 record.stop = "submit"
                 return
             if observation.passed:
-                break  # what else this turn holds was planned for tests that fail
+                # what else this turn holds was planned for tests that fail
+                unused = _behind(reply.ids, len(turn.observations), renderer)
+                record.author[len(record.ids) - unused :] = [DROPPED] * unused
+                break
         texts = turn.observations
         ids = renderer.observation(texts, ended=reply.ended)
     record.stop = "turns"
+
+
+def _behind(ids: Sequence[int], calls: int, renderer: Renderer) -> int:
+    """How many of a turn's ids lie behind its first `calls` calls, if there are more calls; 0 if
+    there are not: ending the turn there was right."""
+    opening, closing = (renderer.tokenizer.id(t) for t in ("<tool_call>", "</tool_call>"))
+    ends = [i for i, token in enumerate(ids, 1) if token == closing]
+    rest = ids[ends[calls - 1] :] if len(ends) >= calls else []
+    return len(rest) if opening in rest else 0

@@ -23,6 +23,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import iter_jsonl, write_atomic
 from rl import report_sections as sections
+from sft.trajectory import ENVIRONMENT
 
 MAX_EPISODES = 3000  # evaluation first, then an even choice from the rest
 
@@ -101,7 +102,7 @@ def _episodes(path: Path) -> Iterator[Episode]:
                     "prompt": str(record.get("prompt", "")),
                 },
                 tokens=len(record.get("ids", ())),
-                sampled=sum(record.get("author", ())),
+                sampled=sum(a != ENVIRONMENT for a in record.get("author", ())),
                 tool_counts=record.get("tool_counts", counts),
             )
         except (KeyError, TypeError, AttributeError):

@@ -28,7 +28,7 @@ from sandbox.task import Task
 from sft.learner import Learner, OptimizerConfig, TrainState
 from sft.metrics import Metrics
 from sft.packing import Example, Rows, microbatches, pack
-from sft.trajectory import Trajectory, save
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, save
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig) -> list[R
         if not any(advantages):
             continue
         for t, advantage in zip(group, advantages, strict=True):
-            weight = [float(a) for a in t.author]
+            weight = [float(a == POLICY) for a in t.author]
             data.append(Example(t.ids, weight, t.logprobs, advantage))
     rows = pack(data, config.row_tokens, config.row_targets)
     return microbatches(rows, config.microbatch_rows)
@@ -179,7 +179,7 @@ def _episode_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]
         "rl/reward": float(np.mean([t.reward for t in flat])),
         "rl/success": float(np.mean([t.success for t in flat])),
         "rl/informative": float(np.mean([len(set(r)) > 1 for r in rewards])),
-        "rl/tokens": float(np.mean([sum(t.author) for t in flat])),
+        "rl/tokens": float(np.mean([sum(a != ENVIRONMENT for a in t.author) for t in flat])),
         "rl/turns": float(np.mean([len(t.turns) for t in flat])),
         "rl/submitted": float(np.mean([t.stop == "submit" for t in flat])),
     }

@@ -56,7 +56,7 @@ def _weights(trajectory: Trajectory) -> list[float]:
     undone = {i for i in range(max(undo, default=0)) if edits[i]}
     weights, turn, last = [], -1, ENVIRONMENT
     for author in trajectory.author:
-        turn += author == POLICY and last == ENVIRONMENT  # a turn begins
+        turn += author != ENVIRONMENT and last == ENVIRONMENT  # a turn begins
         weights.append(float(author == POLICY and turn not in undone))
         last = author
     return weights

@@ -11,7 +11,8 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import read_jsonl, write_atomic
 
-POLICY, ENVIRONMENT = 1, 0
+# Who wrote a token; the policy also writes what is then not carried out, and carries no loss.
+ENVIRONMENT, POLICY, DROPPED = 0, 1, 2
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Trajectory:
 
     Attributes:
       ids: every token of the episode, prompt first.
-      author: for each id, `POLICY` (sampled, trained on) or `ENVIRONMENT`.
+      author: for each id, `POLICY` (sampled, trained on), `ENVIRONMENT`, or `DROPPED`: sampled, but
+        calls behind a test run that passed, which had no effect and are not trained on.
       logprobs: for each id, its sampling log-probability in nats (0.0 where the environment wrote).
       weight_version: version of the weights that sampled it; -1 for a policy without weights.
       reward: 1.0 for a passing verdict, else 0.0 (plus shaping, where the run configures it).

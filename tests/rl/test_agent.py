@@ -25,7 +25,7 @@ from sandbox.task import Task, load_tasks
 from sandbox.verdict import judge
 from sft.chat import Renderer
 from sft.teacher import RUN, SUBMIT
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory
+from sft.trajectory import DROPPED, ENVIRONMENT, POLICY, Trajectory
 
 pytestmark = pytest.mark.network
 CONFIG = AgentConfig(max_turns=7, max_tokens=4096, max_new_tokens=512)
@@ -106,6 +106,10 @@ def test_a_turn_ends_when_the_tests_pass(tasks: list[Task], tokenizer: Tokenizer
     assert [o.split()[0] for o in t.turns[0].observations][::2] == ["edited", "edited"]
     assert t.turns[0].observations[-1].endswith(" tests pass") and len(t.turns[0].calls) == 4
     assert t.turns[0].text.count('"run_tests"') == 3
+    # what was not carried out carries no loss, all else that the policy wrote does
+    written = {a: [i for i, b in zip(t.ids, t.author, strict=True) if a == b] for a in (1, 2)}
+    assert written[DROPPED] == render.reply([*calls, *calls[:2]])[len(render.reply(calls)) - 1 :]
+    assert written[POLICY] == render.reply(calls)[:-1] + render.reply([SUBMIT])
 
 
 class _Babbler:
