@@ -72,11 +72,11 @@ class TeacherPolicy:
 
     name = "teacher"
 
-    def __init__(self, renderer: Renderer, joined: float = 0.0) -> None:
-        self._renderer, self._joined = renderer, joined
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
 
     async def open(self, seed: int) -> Session:
-        return ScriptedSession(SearchTeacher(seed, self._joined).act, self._renderer)
+        return ScriptedSession(SearchTeacher(seed).act, self._renderer)
 
 
 class NoopPolicy:

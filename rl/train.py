@@ -21,8 +21,8 @@ from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
 from model.qwen3 import Params
 from rl.advantage import group_advantages
+from rl.credit import turn_credits
 from rl.loss import LossConfig, grpo_loss
-from rl.reward import RewardConfig, reward
 from rl.rollout import Episode
 from sandbox.task import Task
 from sft.learner import Learner, OptimizerConfig, TrainState
@@ -39,6 +39,7 @@ class RLConfig:
     updates_per_step: optimizer updates that a step's episodes are cut into, group by group.
     row_tokens, row_targets, microbatch_rows: shape of the learner's batches.
     checkpoint_every: steps between checkpoints.
+    turn_credit: weight of the credit for turns that test a new edit, beside the verdict's.
     scale_advantages: divide a group's advantages by the standard deviation of its rewards.
     """
 
@@ -51,7 +52,7 @@ class RLConfig:
     microbatch_rows: int = 8
     checkpoint_every: int = 4
     scale_advantages: bool = True
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    turn_credit: float = 0.0
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -112,8 +113,6 @@ async def train_rl(
         publish(state.params, step)
         episodes = _episodes(tasks, config, seed, step)
         done = await rollout(episodes)
-        for trajectory in done:
-            trajectory.reward = reward(trajectory, config.reward)
         save(run / "trajectories" / f"rl-{step + 1:06d}.jsonl", done)
         rolled = time.monotonic()
         groups = [done[i : i + config.group_size] for i in range(0, len(done), config.group_size)]
@@ -161,11 +160,15 @@ def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig) -> list[R
     denominator would, so they are left out: their gradient is zero (dynamic sampling, DAPO)."""
     data = []
     for group in groups:
-        advantages = group_advantages([t.reward for t in group], scale=config.scale_advantages)
-        if not any(advantages):
+        outcomes = group_advantages([t.reward for t in group], scale=config.scale_advantages)
+        credit = turn_credits(group, config.turn_credit)
+        if not any(outcomes) and not any(map(any, credit)):
             continue
-        for t, advantage in zip(group, advantages, strict=True):
+        for t, outcome, turns in zip(group, outcomes, credit, strict=True):
             weight = [float(a == POLICY) for a in t.author]
+            advantage = [
+                outcome + turns[n] if turns and n >= 0 else outcome for n in t.turn_of_ids()
+            ]
             data.append(Example(t.ids, weight, t.logprobs, advantage))
     rows = pack(data, config.row_tokens, config.row_targets)
     return microbatches(rows, config.microbatch_rows)

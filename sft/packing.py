@@ -24,7 +24,7 @@ class Example:
     ids: Sequence[int]
     weight: Sequence[float]
     logprobs: Sequence[float] | None = None
-    advantage: float = 0.0
+    advantage: Sequence[float] | None = None
 
 
 class Rows(NamedTuple):
@@ -120,7 +120,8 @@ def _fill(rows: Rows, row: int, examples: list[Example]) -> None:
             rows.source[row, slot] = at + i - 1
             rows.target[row, slot] = example.ids[i]
             rows.weight[row, slot] = example.weight[i]
-            rows.advantage[row, slot] = example.advantage
+            if example.advantage is not None:
+                rows.advantage[row, slot] = example.advantage[i]
             if example.logprobs is not None:
                 rows.old_logprob[row, slot] = example.logprobs[i]
             slot += 1

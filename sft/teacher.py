@@ -23,7 +23,6 @@ from sandbox.mutate import Edit, mutations
 
 # A line named by the traceback is this much likelier to be tried before another one.
 TRACEBACK_BOOST = 4.0
-MAX_JOINED = 3
 
 _SUSPECT = re.compile(r"`[^`]+` in `(?P<module>[^`]+)`")
 _NUMBERED = re.compile(r"(\d+) ?(.*)")
@@ -40,12 +39,10 @@ class SearchTeacher:
 
     Candidates are drawn without replacement, uniformly over kinds of mutation and then over the
     candidates of a kind, lines named by the traceback first more often. The seed decides the order.
-    With probability `joined` a try stands in one turn with the one before, at most `MAX_JOINED`.
     """
 
-    def __init__(self, seed: int, joined: float = 0.0) -> None:
+    def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self._joined = joined
         self._module = ""
         self._candidates: list[ToolCall] | None = None
         self._tried = 0
@@ -62,13 +59,10 @@ class SearchTeacher:
             self._candidates = self._rank(failure=texts[0], view=texts[1])
         elif texts[-1].startswith("all "):
             return [SUBMIT]
-        calls: list[ToolCall] = []
-        while self._tried < len(self._candidates):
-            calls += [self._candidates[self._tried], RUN]
-            self._tried += 1
-            if len(calls) == 2 * MAX_JOINED or self._random.random() >= self._joined:
-                break
-        return calls or [SUBMIT]
+        if self._tried == len(self._candidates):
+            return [SUBMIT]
+        self._tried += 1
+        return [self._candidates[self._tried - 1], RUN]
 
     def _rank(self, failure: str, view: str) -> list[ToolCall]:
         """Every candidate edit of the function on view, in the order they will be tried."""

@@ -18,7 +18,7 @@ from model.qwen3 import Params
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example, microbatches, pack
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory
+from sft.trajectory import POLICY, Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,8 @@ def _weights(trajectory: Trajectory) -> list[float]:
     edits = [[c for c in turn.calls if c["name"] == "edit"] for turn in trajectory.turns]
     undo = [i for i, calls in enumerate(edits) if any(c["arguments"].get("undo") for c in calls)]
     undone = {i for i in range(max(undo, default=0)) if edits[i]}
-    weights, turn, last = [], -1, ENVIRONMENT
-    for author in trajectory.author:
-        turn += author != ENVIRONMENT and last == ENVIRONMENT  # a turn begins
-        weights.append(float(author == POLICY and turn not in undone))
-        last = author
-    return weights
+    turns = zip(trajectory.author, trajectory.turn_of_ids(), strict=True)
+    return [float(author == POLICY and turn not in undone) for author, turn in turns]
 
 
 def train_sft(

@@ -68,6 +68,15 @@ class Trajectory:
                 counts[call["name"]] = counts.get(call["name"], 0) + 1
         return counts
 
+    def turn_of_ids(self) -> list[int]:
+        """For each id, the turn that the policy wrote it in; -1 where the environment wrote."""
+        found, turn, last = [], -1, ENVIRONMENT
+        for author in self.author:
+            turn += author != ENVIRONMENT and last == ENVIRONMENT
+            found.append(-1 if author == ENVIRONMENT else turn)
+            last = author
+        return found
+
     def add(self, ids: list[int], author: int, logprobs: list[float] | None = None) -> None:
         """Append tokens of one author."""
         self.ids += ids

@@ -72,11 +72,9 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class TeachConfig:
-    """`tries`: the teacher's episodes per training task. `joined`: how often, in training and
-    evaluation, it puts a try into the turn of the one before."""
+    """`tries`: the teacher's episodes per training task."""
 
     tries: int = 2
-    joined: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ class Pipeline:
             for i, task in enumerate(self.train_tasks)
             for j in tries
         ]
-        return await self._episodes("teacher", episodes, self._teacher(), "teacher")
+        return await self._episodes("teacher", episodes, TeacherPolicy(self.renderer), "teacher")
 
     def sft(self, trajectories: Sequence[Trajectory]) -> Params:
         """Fine-tune the starting policy on the verified trajectories; its parameters."""
@@ -236,16 +234,13 @@ class Pipeline:
             self.engine.set_params(params, 0)
             policy: Policy = self.served(name)
         else:
-            policy = NoopPolicy(self.renderer) if name == "noop" else self._teacher()
+            policy = NoopPolicy(self.renderer) if name == "noop" else TeacherPolicy(self.renderer)
         episodes = [
             Episode(task, episode_seed(self.seed, 2, i, j))
             for i, task in enumerate(self.heldout_tasks)
             for j in range(1 if name == "noop" else self.config.eval.tries)
         ]
         return await self._episodes(f"eval-{name}", episodes, policy, f"evaluate {name}")
-
-    def _teacher(self) -> TeacherPolicy:
-        return TeacherPolicy(self.renderer, self.config.teach.joined)
 
     async def _episodes(
         self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str

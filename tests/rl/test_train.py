@@ -65,8 +65,8 @@ def train(run: Path, seed: int = 0, die_after: int = 0, config: RLConfig = CONFI
         )
         record.add(prompt, ENVIRONMENT)
         record.add(reply.ids, POLICY, reply.logprobs)
-        even = all(i % 2 == 0 for i in reply.ids[:2])
-        record.verdict = {"verdict": "pass" if even else "fail"}
+        record.reward = float(all(i % 2 == 0 for i in reply.ids[:2]))
+        record.verdict = {"verdict": "pass" if record.reward else "fail"}
         return record
 
     async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:

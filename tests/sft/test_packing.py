@@ -17,13 +17,13 @@ examples = st.lists(
         lambda n: st.tuples(
             st.lists(st.integers(1, 99), min_size=n, max_size=n),
             st.lists(st.sampled_from([0.0, 0.0, 1.0, 0.5]), min_size=n, max_size=n),
-            st.floats(-2, 2, width=32),
+            st.sampled_from([-0.5, 0.0, 0.25]),
         )
     ),
     max_size=12,
 ).map(
     lambda rows: [
-        Example(ids, weight, [-0.25 * i for i in ids], advantage)
+        Example(ids, weight, [-0.25 * i for i in ids], [advantage * i for i in ids])
         for ids, weight, advantage in rows
         if sum(w > 0 for w in weight[1:]) <= TARGETS
     ]
@@ -52,6 +52,7 @@ def test_targets_follow_their_source_inside_one_segment(given_examples: list[Exa
         assert rows.tokens[r, at + 1] == rows.target[r, s]
         assert rows.segments[r, at] == rows.segments[r, at + 1] > 0
         assert rows.old_logprob[r, s] == np.float32(-0.25 * rows.target[r, s])
+        assert rows.advantage[r, s] in {c * rows.target[r, s] for c in (-0.5, 0.0, 0.25)}
         total += rows.weight[r, s]
     assert total == pytest.approx(sum(sum(e.weight[1:]) for e in given_examples))
 

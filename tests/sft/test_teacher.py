@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox.agent_tools import ToolCall
-from sft.teacher import MAX_JOINED, RUN, SUBMIT, VIEW, SearchTeacher, edit_call
+from sft.teacher import RUN, SUBMIT, VIEW, SearchTeacher, edit_call
 
 INSTRUCTION = (
     "Tests fail because of a bug in `Box.clip` in `src/box.py`.\n"
@@ -123,21 +123,6 @@ def test_it_submits_when_the_tests_pass_and_when_it_can_do_nothing() -> None:
     teacher.act([FAILURE, SHOWN])
     assert teacher.act(["edited", "all 3 tests pass"]) == [SUBMIT]
     assert SearchTeacher(0).act(["Nothing that it understands."]) == [SUBMIT]
-
-
-@pytest.mark.parametrize(("joined", "most"), [(0.0, 1), (1.0, MAX_JOINED)])
-def test_tries_share_a_turn_as_often_as_asked(joined: float, most: int) -> None:
-    """The same kind of search, cut into other turns: every candidate is tried, and none twice."""
-    teacher = SearchTeacher(0, joined)
-    teacher.act([INSTRUCTION])
-    answers, tried, sizes = [FAILURE, SHOWN], [], []
-    while (calls := teacher.act(answers)) != [SUBMIT]:
-        assert calls[1::2] == [RUN] * (len(calls) // 2)
-        tried += [applied(call.arguments) for call in calls[::2]]
-        sizes.append(len(calls) // 2)
-        answers = ["edited", "still failing, same errors"] * sizes[-1]
-    assert set(sizes[:-1]) == {most}
-    assert len(tried) == len(set(tried)) == len(episode(0, 1000)) - 2
 
 
 def test_the_seed_decides_the_search() -> None:
