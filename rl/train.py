@@ -166,16 +166,14 @@ def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig) -> list[R
             continue
         for t, outcome, turns in zip(group, outcomes, credit, strict=True):
             weight = [float(a == POLICY) for a in t.author]
-            advantage = [
-                outcome + turns[n] if turns and n >= 0 else outcome for n in t.turn_of_ids()
-            ]
+            advantage = [outcome + (turns[n] if n >= 0 else 0.0) for n in t.turn_of_ids()]
             data.append(Example(t.ids, weight, t.logprobs, advantage))
     rows = pack(data, config.row_tokens, config.row_targets)
     return microbatches(rows, config.microbatch_rows)
 
 
 def _episode_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-    """Means over a step's episodes; `rl/informative` is the share of groups with a signal."""
+    """Means over a step's episodes; `rl/informative` is the share whose verdicts differ."""
     flat = [t for group in groups for t in group]
     rewards = [[t.reward for t in group] for group in groups]
     return {

@@ -34,7 +34,7 @@ class Trajectory:
         calls behind a test run that passed, which had no effect and are not trained on.
       logprobs: for each id, its sampling log-probability in nats (0.0 where the environment wrote).
       weight_version: version of the weights that sampled it; -1 for a policy without weights.
-      reward: 1.0 for a passing verdict, else 0.0 (plus shaping, where the run configures it).
+      reward: 1.0 for a passing verdict, else 0.0.
       stop: why the episode ended: "submit", "turns", "tokens".
     """
 

@@ -20,7 +20,7 @@ from rl.inprocess import InProcessServer
 from rl.rollout import Episode
 from rl.train import RLConfig, train_rl
 from sft.learner import OptimizerConfig
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, load
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn, load
 from tests.runs import steps_of
 
 MODEL = Qwen3Config(
@@ -65,6 +65,7 @@ def train(run: Path, seed: int = 0, die_after: int = 0, config: RLConfig = CONFI
         )
         record.add(prompt, ENVIRONMENT)
         record.add(reply.ids, POLICY, reply.logprobs)
+        record.turns.append(Turn("", [], []))
         record.reward = float(all(i % 2 == 0 for i in reply.ids[:2]))
         record.verdict = {"verdict": "pass" if record.reward else "fail"}
         return record

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from model.config import Qwen3Config
 from model.qwen3 import init
 from model.tokenizer import Tokenizer
 from sft.chat import Renderer
 from sft.learner import OptimizerConfig
 from sft.pretrain import PretrainConfig, pretrain
 from sft.synthetic import Function, MixConfig, extract
+from tests.model.conftest import SMALL
 from tests.runs import steps_of
 
 FUNCTIONS: list[Function] = list(extract("random.py", Path(random.__file__).read_text()))
@@ -28,16 +28,7 @@ class Killed(Exception):
 
 def _config(tokenizer: Tokenizer) -> PretrainConfig:
     return PretrainConfig(
-        model=Qwen3Config(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=128,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            tie_word_embeddings=True,
-        ),
+        model=replace(SMALL, vocab_size=tokenizer.vocab_size, hidden_size=128, head_dim=64),
         steps=5,
         batch_rows=2,
         row_tokens=384,

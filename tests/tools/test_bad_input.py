@@ -61,6 +61,21 @@ def test_a_truncated_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert not run.exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["start=nowhere/at/all"], "nowhere/at/all"),
+        ([f"start={TINY}", "model.num_hidden_layers=5"], "another shape"),
+    ],
+)
+def test_a_start_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    run, config = tmp_path / "run", CONFIG.with_name("pretrain-tries.yaml")
+    assert says in refused(capsys, "pretrain", str(config), "--out", str(run), *overrides)
+    assert not run.exists()
+
+
 def test_another_config_in_the_same_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
