@@ -1,5 +1,7 @@
 """Grouped-query attention: one contract, implementations chosen by config.
 
+The plain XLA one is here; the others have a file each and are imported when they are asked for.
+
 Query heads that share a key head are stacked along the row axis, so that every product is a plain
 batched matmul ``[B*K, G*T, hd] @ [B*K, hd, S]`` and keys are never repeated. XLA:CPU runs this
 about three times faster than the grouped einsum, and TPU and GPU lower it just as well.
@@ -13,6 +15,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from configs.errors import InputError
+
 MASKED = -1e30  # finite: a row with nothing to attend to gives numbers, not NaN
 QUERY_BLOCK = 256
 
@@ -25,10 +29,29 @@ def attend(
     Args:
         q: [B, T, H, hd]; k, v: [B, T, K, hd], H a multiple of K.
         segments: [B, T] int32; a token sees earlier tokens of its own segment. None: one segment.
-        impl: "xla".
+        impl: all compute the same.
+            "xla": any device, nothing but XLA.
+            "splash": a kernel for TPUs, for one device's rows and heads (``model/splash.py``).
+            "cudnn": NVIDIA GPUs, 16-bit dtypes (``model/cudnn.py``).
+            "context": T split over the axis ``context`` of the mesh in force (``model/ring.py``).
 
-    Returns [B, T, H * hd] in q's dtype; scores and softmax in float32.
+    Returns [B, T, H * hd] in q's dtype; scores and softmax in float32. Raises InputError where
+    ``impl`` cannot run, see ``check``.
     """
+    if impl != "xla":
+        check(impl)
+    if impl == "splash":
+        from model.splash import splash_attend
+
+        return splash_attend(q, k, v, segments)
+    if impl == "cudnn":
+        from model.cudnn import cudnn_attend
+
+        return cudnn_attend(q, k, v, segments)
+    if impl == "context":
+        from model.ring import ring_attend
+
+        return ring_attend(q, k, v, segments)
     assert impl == "xla", impl
     b, t, h, hd = q.shape
     kv = k.shape[2]
@@ -36,6 +59,31 @@ def attend(
     k, v = (z.transpose(0, 2, 1, 3).reshape(b * kv, t, hd) for z in (k, v))
     out = _attend(q, k, v, segments)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * hd)
+
+
+def check(impl: str) -> None:
+    """Raise InputError if ``attend(..., impl)`` runs on no device that JAX has here.
+
+    ``attend`` asks when it is traced; a program that works for hours before that asks at its start.
+    """
+    here = f"JAX has {jax.device_count()} {jax.default_backend()} device(s) here"
+    if impl == "splash" and platform() == "gpu":
+        raise InputError(f"attention splash needs a TPU, {here}: use cudnn or xla")
+    if impl == "cudnn":
+        try:
+            jax.devices("cuda")
+        except RuntimeError:
+            raise InputError(f"attention cudnn needs an NVIDIA GPU, {here}: use xla") from None
+
+
+def platform() -> str:
+    """What the program being traced is for: "cpu", "gpu" or "tpu".
+
+    The mesh in force (``jax.set_mesh``) says, and without one JAX's default backend. So a program
+    can be compiled for a TPU on a machine without one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 @jax.custom_vjp

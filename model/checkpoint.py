@@ -30,24 +30,44 @@ class Checkpoints:
     Args:
         folder: created if missing; a path on disk or in object storage.
         keep: newest steps to keep; at least 2, so that a damaged newest leaves something.
+        best: steps with the highest score to keep besides.
         background: write while training goes on; ``close`` waits for the last write.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, *, background: bool = False) -> None:
+    def __init__(
+        self, folder: Path, keep: int = 2, *, best: int = 0, background: bool = False
+    ) -> None:
         import orbax.checkpoint as ocp  # imported late: it takes seconds
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
         self._ocp, self._folder, self._background = ocp, Path(folder).absolute(), background
+        newest = preserve.LatestN(max(keep, 2))
+        highest = preserve.BestN(
+            get_metric_fn=lambda metrics: metrics["score"],
+            n=best,
+            keep_checkpoints_without_metrics=False,
+        )
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=max(keep, 2), enable_async_checkpointing=background, create=True
+                preservation_policy=preserve.AnyPreservationPolicy([newest, highest]),
+                enable_async_checkpointing=background,
+                create=True,
             ),
         )
 
     def save(
-        self, step: int, tree: Mapping[str, Any], meta: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        tree: Mapping[str, Any],
+        meta: Mapping[str, Any] | None = None,
+        *,
+        score: float | None = None,
     ) -> None:
-        """Write ``tree`` and JSON ``meta`` as ``step``; a step that exists is replaced."""
+        """Write ``tree`` and JSON ``meta`` as ``step``; a step that exists is replaced.
+
+        ``score``, the higher the better, decides which steps count as the best.
+        """
         self._manager.wait_until_finished()
         self._list_files()
         if step in self._manager.all_steps():
@@ -57,9 +77,14 @@ class Checkpoints:
             args=self._ocp.args.Composite(
                 tree=self._ocp.args.StandardSave(dict(tree)),
                 meta=self._ocp.args.JsonSave(
-                    {"meta": dict(meta or {}), "checksums": checksums(dict(tree))}
+                    {
+                        "meta": dict(meta or {}),
+                        "checksums": checksums(dict(tree)),
+                        "score": score,
+                    }
                 ),
             ),
+            metrics=None if score is None else {"score": float(score)},
         )
 
         if not self._background:
@@ -68,6 +93,16 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step on disk with the highest score, the newest of several; None without scores."""
+        args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
+        scored = []
+        for step in self.steps():
+            score = self._manager.restore(step, args=args).meta.get("score")
+            if score is not None:
+                scored.append((score, step))
+        return max(scored)[1] if scored else None
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """The tree of one step, with the shapes, dtypes and shardings of ``like``.

@@ -1,62 +1,57 @@
 """Hugging Face folders: ``config.json``, safetensors under transformers' tensor names, tokenizer.
 
-A folder is written aside, its ``manifest.json`` (sha256 and size of every file) last, and only then
-moved into place, so that a half-written folder is never taken for a whole one. Reading checks the
-manifest where there is one, and always every tensor's name, shape and dtype.
+Reading checks the manifest of an export (``model/export_folder.py``) and always every tensor's
+name, shape and dtype, before any parameter is allocated.
 
-Safetensors is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then
-raw little-endian data (https://github.com/huggingface/safetensors#format).
+Both directions go tensor by tensor: beside the parameters themselves, reading holds a few MiB for
+each thread (a layer's part where they go to an accelerator), writing one tensor.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import InputError
 from model.config import DTYPES, Qwen3Config
+from model.export_folder import ExportFolder, barrier, check_manifest, read_json
+from model.fill import Filler
+from model.hf_names import Tensor, tensors
 from model.qwen3 import Params, abstract
+from model.tensorfile import Entry, entries, write
 
 if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
-MANIFEST, FORMAT = "manifest.json", "remend-hf-1"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # of one file, as transformers cuts them
 
-# Our name in ``params["layers"]`` -> transformers' name within a layer, and whether the matrix is
-# stored transposed (torch keeps [out, in], we keep [in, out]).
-_LAYER_TENSORS = {
-    "attn_norm": ("input_layernorm", False),
-    "q": ("self_attn.q_proj", True),
-    "k": ("self_attn.k_proj", True),
-    "v": ("self_attn.v_proj", True),
-    "q_norm": ("self_attn.q_norm", False),
-    "k_norm": ("self_attn.k_norm", False),
-    "o": ("self_attn.o_proj", True),
-    "mlp_norm": ("post_attention_layernorm", False),
-    "gate": ("mlp.gate_proj", True),
-    "up": ("mlp.up_proj", True),
-    "down": ("mlp.down_proj", True),
-}
-_TOP_TENSORS = {
-    "embed": ("model.embed_tokens.weight", False),
-    "norm": ("model.norm.weight", False),
-    "lm_head": ("lm_head.weight", True),
-}
-_SAFETENSORS_DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(jnp.bfloat16)}
+# What travels with the weights as it is, where a source folder has it.
+ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# (bytes done, bytes in all)
+Progress = Callable[[int, int], None]
 
 
 def save_hf(
@@ -67,41 +62,53 @@ def save_hf(
     *,
     dtype: str | None = None,
     meta: Mapping[str, Any] | None = None,
+    assets: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    resume: str | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Write a folder that transformers, SGLang and ``load_hf`` read.
 
     Args:
         folder: created; replaced if it is an earlier export, refused if it holds anything else.
+            A URL (``gs://…``) is written through ``etils.epath``.
+        params: arrays, or anything that indexes and converts to numpy like them; may be sharded
+            over hosts, each of which then writes its share of the files.
         dtype: "float32" or "bfloat16" to cast; None keeps each parameter's bits.
         meta: JSON values kept in the manifest (weight version, step, ...).
+        assets: a folder whose tokenizer files, chat template and generation config are copied.
+        shard_bytes: size at which a new file is begun; below it there is one file and no index.
+        resume: names what is written. A write of the same name that was cut off is taken up where
+            it stopped; None begins anew.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder} exists and is not an earlier export; choose another folder")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    host: Params = jax.tree.map(np.asarray, params)
-    if dtype is not None:
-        host = jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), host)
+    plan = [(t, _stored_dtype(params, t, dtype)) for t in tensors(config)]
+    _check_shapes(params, config)
+    files = _cut(plan, shard_bytes)
+    target = ExportFolder(folder, resume and f"{resume} {dtype} {shard_bytes}")
+    total = sum(_nbytes(t, d) for t, d in plan)
+    done = 0
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        hf = config.to_hf() | {"torch_dtype": _dtype_name(host["embed"].dtype)}
-        if tokenizer is not None:
-            tokenizer.save(aside)
-            end, pad = tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
-            hf["eos_token_id"] = end
-            ids = {"eos_token_id": [end, pad], "pad_token_id": pad}
-            (aside / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        (aside / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        _write_safetensors(aside / WEIGHTS, dict(_to_hf_names(host, config)))
-        _write_manifest(aside, meta or {})
-        _move_into_place(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(min(done, total), total)
+
+    with target:
+        ours = jax.process_index(), jax.process_count()
+        for number, (name, inside) in enumerate(files.items()):
+            mine = number % ours[1] == ours[0]
+            if target.has(name):
+                advance(sum(_nbytes(t, d) for t, d in inside))
+            elif mine or ours[1] > 1:  # every host takes part in gathering what is sharded
+                _write_shard(target, name, inside, params, advance, write_it=mine)
+        barrier(f"{folder} weights")
+        if ours[0] == 0:
+            hf = config.to_hf() | {"torch_dtype": _dtype_name(plan[0][1])}
+            _write_rest(target, hf, files, tokenizer, assets, total)
+            target.finish(meta or {})
+        barrier(f"{folder} manifest")
 
 
 @dataclass(frozen=True)
@@ -120,205 +127,270 @@ class LoadedPolicy:
         return Tokenizer.load(self.folder)
 
 
-def load_hf(folder: Path, *, param_dtype: str | None = None, **run: Any) -> LoadedPolicy:
-    """Read config and parameters (jax arrays on the default device).
+def load_hf(
+    folder: Path,
+    *,
+    param_dtype: str | None = None,
+    shardings: Callable[[Qwen3Config], Params] | None = None,
+    progress: Progress = lambda done, total: None,
+    **run: Any,
+) -> LoadedPolicy:
+    """Read config and parameters.
 
     Args:
         folder: a whole export of ours, or any folder with transformers' Qwen3 layout, sharded or
             not.
         param_dtype: "float32" or "bfloat16" to cast on reading; None keeps the stored bits.
+        shardings: gives the tree of shardings for a config; each host then reads what its own
+            devices hold. None: the default device.
         run: fields of our own for the config (``dtype`` to compute in, ``remat``, ...).
 
-    Raises InputError naming the file or tensor that is missing, extra, truncated or misshapen.
+    Raises InputError naming the file or tensor that is missing, extra, truncated, misshapen or of
+    another dtype than the rest.
     """
     folder = Path(folder)
-    if param_dtype is not None:
-        run["param_dtype"] = param_dtype
-    config = Qwen3Config.from_hf(_read_json(folder / "config.json"), **run)
+    config = read_config(folder, **run)
     check_manifest(folder)
-    stored = _stored_tensors(folder)
-    want = abstract(config)
-    layers = {
-        name: np.stack(
-            [
-                _take(stored, _layer_name(i, name), spec.shape[1:], _LAYER_TENSORS[name][1])
-                for i in range(config.num_hidden_layers)
-            ]
-        )
-        for name, spec in want["layers"].items()
-    }
-    host: Params = {
-        name: _take(stored, _TOP_TENSORS[name][0], spec.shape, _TOP_TENSORS[name][1])
-        for name, spec in want.items()
-        if name != "layers"
-    }
-    host["layers"] = layers
-    if config.tie_word_embeddings and "lm_head.weight" in stored:  # Qwen3-0.6B ships both
-        copy = _take(stored, "lm_head.weight", want["embed"].shape, False)
-        if copy.tobytes() != host["embed"].tobytes():
+    plan = checked_tensors(folder, config)
+    stored = plan[0][1].dtype
+    config = replace(config, param_dtype=param_dtype or _dtype_name(stored))
+    total = sum(entry.nbytes for _, entry in plan)
+    filler = Filler(jnp.dtype(config.param_dtype), lambda done: progress(done, total))
+    leaves: dict[tuple[str, ...], list[tuple[Tensor, Entry]]] = {}
+    for tensor, entry in plan:
+        leaves.setdefault(tensor.path, []).append((tensor, entry))
+    want, layout = abstract(replace(config, lora=None)), None
+    if shardings is not None:
+        layout = shardings(replace(config, lora=None))
+
+    def start(*path: str) -> Callable[[], jax.Array]:
+        spec: Any = _at(want, path)
+        return filler.start(spec.shape, leaves[path], _at(layout, path) if layout else None)
+
+    with filler:
+        # all begun before any is awaited: memory is laid out while the threads read
+        begun = {name: start(name) for name in want if name != "layers"}
+        layers = {name: start("layers", name) for name in want["layers"]}
+        params: Params = {name: finish() for name, finish in begun.items()}
+        params["layers"] = {name: finish() for name, finish in layers.items()}
+    return LoadedPolicy(folder, config, params)
+
+
+def read_config(folder: Path, **run: Any) -> Qwen3Config:
+    """The config of a folder; ``run`` sets our own fields."""
+    return Qwen3Config.from_hf(read_json(Path(folder) / "config.json"), **run)
+
+
+def checked_tensors(folder: Path, config: Qwen3Config) -> list[tuple[Tensor, Entry]]:
+    """Where each tensor of the config lies in the folder's files, from their headers alone.
+
+    Raises InputError as ``load_hf`` does.
+    """
+    stored = _stored_tensors(Path(folder))
+    plan = []
+    for tensor in tensors(config):
+        entry = stored.pop(tensor.name, None)
+        if entry is None:
+            raise InputError(f"{folder}: tensor {tensor.name!r} is missing from the checkpoint")
+        _check_shape(entry, tensor.shape)
+        plan.append((tensor, entry))
+    head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None:  # Qwen3-0.6B ships both
+        embed = plan[0][1]
+        _check_shape(head, embed.shape)
+        if head.dtype != embed.dtype or not _same_bytes(head, embed):
             raise InputError(
                 f"{folder}: lm_head.weight differs from the embedding though the config ties them"
             )
     if stored:
         raise InputError(f"{folder}: unexpected tensor {sorted(stored)[0]!r} for this config.json")
-    cast = jnp.dtype(param_dtype) if param_dtype else None
-    return LoadedPolicy(folder, config, jax.tree.map(lambda a: jnp.asarray(a, cast), host))
-
-
-def check_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, after comparing size and sha256 of every file it names; None if there is none.
-
-    Raises InputError naming the first file that is missing or differs.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    manifest = _read_json(path)
-    if manifest.get("format") != FORMAT:
-        return None  # another program's manifest
-    for name, fact in manifest["files"].items():
-        file = path.parent / name
-        if not file.is_file():
-            raise InputError(f"{file} is missing; the manifest lists it")
-        if file.stat().st_size != fact["bytes"]:
+    dtypes = [entry.dtype for _, entry in plan]
+    usual = max(set(dtypes), key=dtypes.count)
+    for _, entry in plan:
+        if entry.dtype != usual:
             raise InputError(
-                f"{file} has {file.stat().st_size} bytes, its manifest says {fact['bytes']}: "
-                "truncated or overwritten"
+                f"{entry.path}: tensor {entry.name!r} is {_dtype_name(entry.dtype)}, the others "
+                f"are {_dtype_name(usual)}"
             )
-        if _sha256(file) != fact["sha256"]:
-            raise InputError(f"{file} does not match the sha256 in its manifest: corrupt")
-    return manifest
+    return plan
 
 
-def _layer_name(layer: int, name: str) -> str:
-    return f"model.layers.{layer}.{_LAYER_TENSORS[name][0]}.weight"
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda branch, key: branch[key], path, tree)
 
 
-def _to_hf_names(params: Params, config: Qwen3Config) -> Iterator[tuple[str, np.ndarray]]:
-    """(transformers' name, array in transformers' orientation), layer by layer."""
-    want = abstract(config)
-    for name, (hf_name, transposed) in _TOP_TENSORS.items():
-        if name in want:
-            _check_shape(name, params[name], want[name].shape)
-            yield hf_name, params[name].T if transposed else params[name]
-    for name, spec in want["layers"].items():
-        _check_shape(name, params["layers"][name], spec.shape)
-        for i, value in enumerate(params["layers"][name]):
-            yield _layer_name(i, name), value.T if _LAYER_TENSORS[name][1] else value
+# ---- reading
 
 
-def _check_shape(name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
-    if value.shape != shape:
-        raise InputError(f"parameter {name} has shape {value.shape}, the config asks for {shape}")
+def _stored_tensors(folder: Path) -> dict[str, Entry]:
+    """The entries of all tensors of a folder by name."""
+    if not (folder / INDEX).is_file():
+        return entries(folder / WEIGHTS)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(
+                f"{folder / INDEX} puts tensor {tensor!r} into {name!r}: not a file of this folder"
+            )
+    found: dict[str, Entry] = {}
+    for name in sorted(set(weight_map.values())):
+        for tensor, entry in entries(folder / name).items():
+            if weight_map.get(tensor) != name:
+                raise InputError(f"{folder / name}: unexpected tensor {tensor!r}, not in {INDEX}")
+            found[tensor] = entry
+    missing = sorted(set(weight_map) - set(found))
+    if missing:
+        name = weight_map[missing[0]]
+        raise InputError(f"{folder / name}: tensor {missing[0]!r} is missing though {INDEX} has it")
+    return found
 
 
-def _take(
-    stored: dict[str, np.ndarray], name: str, shape: tuple[int, ...], transposed: bool
-) -> np.ndarray:
-    """Remove a tensor from ``stored`` and return it in our orientation."""
-    if name not in stored:
-        raise InputError(f"tensor {name!r} is missing from the checkpoint")
-    value = stored.pop(name)
-    value = value.T if transposed else value
-    if value.shape != shape:
-        found, asked = (tuple(reversed(s)) if transposed else s for s in (value.shape, shape))
-        raise InputError(f"tensor {name!r} has shape {found}, the config asks for {asked}")
-    return value
+def _check_shape(entry: Entry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise InputError(
+            f"{entry.path}: tensor {entry.name!r} has shape {entry.shape}, the config asks for "
+            f"{shape}"
+        )
 
 
-def _write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, value in tensors.items():
-        kind = next(k for k, d in _SAFETENSORS_DTYPES.items() if d == value.dtype)
-        ends = [offset, offset + value.nbytes]
-        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": ends}
-        offset += value.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for value in tensors.values():
-            file.write(np.ascontiguousarray(value).view(np.uint8).data)
+def _same_bytes(a: Entry, b: Entry, step: int = 4 << 20) -> bool:
+    with a.path.open("rb") as x, b.path.open("rb") as y:
+        x.seek(a.offset)
+        y.seek(b.offset)
+        for start in range(0, a.nbytes, step):
+            count = min(step, a.nbytes - start)
+            if x.read(count) != y.read(count):
+                return False
+    return True
 
 
-def _stored_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder by name, memory-mapped."""
-    files = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        named = _read_json(folder / INDEX).get("weight_map", {}).values()
-        files = sorted({Path(name).name for name in named})  # never outside the folder
-    tensors: dict[str, np.ndarray] = {}
-    for name in files:
-        tensors |= _read_safetensors(folder / name)
-    return tensors
+# ---- writing
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 2 <= length <= size - 8 else b""
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = [
-            (n, f["dtype"], tuple(f["shape"]), *f["data_offsets"]) for n, f in header.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is truncated or not a safetensors file ({size} bytes)") from None
-    tensors: dict[str, np.ndarray] = {}
-    for name, kind, shape, begin, end in entries:
-        if kind not in _SAFETENSORS_DTYPES:
-            raise InputError(f"{path}: tensor {name!r} has dtype {kind}, not F32 or BF16")
-        dtype = _SAFETENSORS_DTYPES[kind]
-        if begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
-            raise InputError(f"{path}: tensor {name!r} has {end - begin} bytes for shape {shape}")
-        if 8 + length + end > size:
-            raise InputError(f"{path} is truncated: tensor {name!r} ends after the file")
-        raw = np.memmap(path, np.uint8, "r", 8 + length + begin, end - begin)
-        tensors[name] = raw.view(dtype).reshape(shape)
-    return tensors
+def _stored_dtype(params: Params, tensor: Tensor, dtype: str | None) -> np.dtype:
+    leaf = _at(params, tensor.path)
+    return jnp.dtype(dtype) if dtype else np.dtype(leaf.dtype)
 
 
-def _write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Flush every file of the folder to disk, then write their sizes and hashes."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    with (folder / MANIFEST).open("w") as handle:
-        json.dump({"format": FORMAT, "meta": dict(meta), "files": files}, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
+def _check_shapes(params: Params, config: Qwen3Config) -> None:
+    want = abstract(replace(config, lora=None))
+    flat = {**want.pop("layers"), **want}
+    have = {**params["layers"], **{k: v for k, v in params.items() if k != "layers"}}
+    for name in sorted(set(flat) ^ set(have)):
+        raise InputError(
+            f"parameter {name} is {'missing' if name in flat else 'not one of this config'}; "
+            "merge adapters before an export"
+        )
+    for name, spec in flat.items():
+        if have[name].shape != spec.shape:
+            raise InputError(
+                f"parameter {name} has shape {have[name].shape}, the config asks for {spec.shape}"
+            )
 
 
-def _move_into_place(aside: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-        folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
+def _nbytes(tensor: Tensor, dtype: np.dtype) -> int:
+    return math.prod(tensor.shape) * dtype.itemsize
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _cut(
+    plan: list[tuple[Tensor, np.dtype]], limit: int
+) -> dict[str, list[tuple[Tensor, np.dtype]]]:
+    """Files by name, each of at most ``limit`` bytes or one tensor."""
+    files: list[list[tuple[Tensor, np.dtype]]] = [[]]
+    size = 0
+    for tensor, dtype in plan:
+        count = _nbytes(tensor, dtype)
+        if files[-1] and size + count > limit:
+            files.append([])
+            size = 0
+        files[-1].append((tensor, dtype))
+        size += count
+    if len(files) == 1:
+        return {WEIGHTS: files[0]}
+    stem = WEIGHTS.removesuffix(".safetensors")
+    return {
+        f"{stem}-{i:05d}-of-{len(files):05d}.safetensors": inside
+        for i, inside in enumerate(files, start=1)
+    }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+def _write_shard(
+    target: ExportFolder,
+    name: str,
+    inside: list[tuple[Tensor, np.dtype]],
+    params: Params,
+    advance: Callable[[int], None],
+    *,
+    write_it: bool,
+) -> None:
+    by_name = {tensor.name: (tensor, dtype) for tensor, dtype in inside}
+
+    def fetch(stored: str) -> tuple[np.ndarray, bool]:
+        tensor, dtype = by_name[stored]
+        leaf = _at(params, tensor.path)
+        value = _to_host(leaf, tensor.at)
+        if value.dtype != dtype:
+            value = value.astype(dtype)
+        return value, tensor.transposed
+
+    if not write_it:
+        for tensor, _ in inside:
+            fetch(tensor.name)
+        return
+    header = [(tensor.name, dtype, tensor.shape) for tensor, dtype in inside]
+    target.put(name, lambda path: write(path, header, fetch, advance))
+
+
+def _to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """One stored tensor of a parameter as a numpy array, gathered from other hosts if need be."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)[index]
+    if leaf.is_fully_addressable:
+        if len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu":
+            return np.asarray(leaf)[index]  # a view
+        return np.asarray(_pick(leaf, jnp.asarray(index, jnp.int32)) if index else leaf)
+    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+    picked = jax.jit(_pick, out_shardings=whole)(leaf, jnp.asarray(index, jnp.int32))
+    return np.asarray(picked.addressable_data(0))
+
+
+@jax.jit
+def _pick(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    for i in range(index.shape[0]):
+        leaf = jax.lax.dynamic_index_in_dim(leaf, index[i], 0, keepdims=False)
+    return leaf
+
+
+def _write_rest(
+    target: ExportFolder,
+    hf: dict[str, Any],
+    files: Mapping[str, list[tuple[Tensor, np.dtype]]],
+    tokenizer: Tokenizer | None,
+    assets: Path | None,
+    total: int,
+) -> None:
+    """Everything of a folder that is not weights."""
+    if len(files) > 1:
+        weight_map = {t.name: name for name, inside in files.items() for t, _ in inside}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        target.put_text(INDEX, json.dumps(index, indent=2) + "\n")
+    if tokenizer is not None:
+        target.put_folder(tokenizer.save)
+        end, pad = tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")
+        hf["eos_token_id"] = end
+        ids = {"eos_token_id": [end, pad], "pad_token_id": pad}
+        target.put_text("generation_config.json", json.dumps(ids, indent=2) + "\n")
+    if assets is not None:
+        for name in ASSETS:
+            if (assets / name).is_file():
+                target.put_text(name, (assets / name).read_bytes())
+        if (assets / "config.json").is_file():
+            source = read_json(assets / "config.json")
+            hf |= {k: source[k] for k in TOKEN_IDS if source.get(k) is not None}
+    target.put_text("config.json", json.dumps(hf, indent=2) + "\n")
 
 
 def _dtype_name(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype == _SAFETENSORS_DTYPES["BF16"] else "float32"
+    return np.dtype(dtype).name

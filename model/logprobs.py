@@ -45,6 +45,26 @@ def token_logprobs(
     return _token_logprobs(chunk, hidden, head, targets, jnp.float32(1.0) / temperature)
 
 
+@functools.partial(jax.jit, static_argnames=("chunk",))
+def likeliest(hidden: jax.Array, head: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
+    """The vocabulary entry [N] int32 with the largest logit, the lowest of several; as above."""
+    chunk = min(chunk, head.shape[1])
+
+    def body(
+        best: tuple[jax.Array, jax.Array], start: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        top, at = best
+        _, z, ids = _logits(chunk, start, hidden, head, jnp.float32(1.0))
+        here = z.max(-1)
+        found = ids[0] + jnp.where(z == here[:, None], jnp.arange(chunk), chunk).min(-1)
+        return (jnp.maximum(top, here), jnp.where(here > top, found, at)), None
+
+    n = hidden.shape[0]
+    first = (jnp.full(n, 2 * MASKED, jnp.float32), jnp.zeros(n, jnp.int32))
+    starts = jnp.arange(0, head.shape[1], chunk)
+    return jax.lax.scan(body, first, starts)[0][1]
+
+
 class _Sums(NamedTuple):
     """Over the vocabulary seen so far, each [N] float32."""
 

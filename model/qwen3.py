@@ -1,7 +1,7 @@
-"""Qwen3, dense, in Flax NNX: one forward pass for packed training, prefill and decode.
+"""Qwen3 in Flax NNX: one forward pass for packed training, prefill and decode.
 
     h = h + Wo · attend(rope(norm(Wq · norm(h))), rope(norm(Wk · norm(h))), Wv · norm(h))
-    h = h + Wdown · (silu(Wgate · norm(h)) * (Wup · norm(h)))
+    h = h + Wdown · (silu(Wgate · norm(h)) * (Wup · norm(h)))      or model/moe.py's mixture of such
 
 Shapes: B rows, T tokens, D hidden, H query heads, K key heads, hd head size, F intermediate,
 V vocabulary, L layers, S cache length. Norms, RoPE and softmax run in float32, products in
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from flax import nnx
 
 from model.attention import attend, attend_cached
 from model.config import Qwen3Config
+from model.moe import Experts, mixture
+from model.rope import rope, rope_tables
 
 Params = dict[
     str, Any
@@ -68,25 +71,12 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, hd/2] float32 of position times theta^(-2i/hd)."""
-    rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * rates
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the two halves of each head [B, T, N, hd] (https://arxiv.org/abs/2104.09864)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class Block(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        d, f, hd = config.hidden_size, config.intermediate_size, config.head_dim
+        d, hd = config.hidden_size, config.head_dim
         q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
         param = functools.partial(_param, config, rngs)
         self.attn_norm = param((d,), ("embed",))
@@ -97,9 +87,37 @@ class Block(nnx.Module):
         self.k_norm = param((hd,), ("head_dim",))
         self.o = param((q, d), ("heads", "embed"), 0.0)
         self.mlp_norm = param((d,), ("embed",))
-        self.gate = param((d, f), ("embed", "mlp"), d**-0.5)
-        self.up = param((d, f), ("embed", "mlp"), d**-0.5)
-        self.down = param((f, d), ("mlp", "embed"), 0.0)
+        if config.attention_bias:
+            self.q_bias = param((q,), ("heads",), 0.0)
+            self.k_bias = param((kv,), ("kv_heads",), 0.0)
+            self.v_bias = param((kv,), ("kv_heads",), 0.0)
+            self.o_bias = param((d,), ("embed",), 0.0)
+        if config.num_experts:
+            e, f = config.num_experts, config.moe_intermediate_size
+            self.router = param((d, e), ("embed", "experts"), d**-0.5)
+            self.gate = param((e, d, f), ("experts", "embed", "mlp"), d**-0.5)
+            self.up = param((e, d, f), ("experts", "embed", "mlp"), d**-0.5)
+            self.down = param((e, f, d), ("experts", "mlp", "embed"), 0.0)
+        else:
+            f = config.intermediate_size
+            self.gate = param((d, f), ("embed", "mlp"), d**-0.5)
+            self.up = param((d, f), ("embed", "mlp"), d**-0.5)
+            self.down = param((f, d), ("mlp", "embed"), 0.0)
+        for name in config.lora.targets if config.lora else ():
+            self._add_adapter(name, rngs)
+
+    def _add_adapter(self, name: str, rngs: nnx.Rngs) -> None:
+        """A [in, rank] and B [rank, out] beside a matrix, float32 since they are trained.
+
+        B starts at zero, so at no change.
+        """
+        assert self.config.lora is not None
+        matrix, rank = getattr(self, name), self.config.lora.rank
+        (rows, columns), (row_axis, column_axis) = matrix.shape, matrix.get_metadata("axes")
+        exact = replace(self.config, param_dtype="float32")
+        param = functools.partial(_param, exact, rngs)
+        setattr(self, f"{name}_lora_a", param((rows, rank), (row_axis, "rank"), rows**-0.5))
+        setattr(self, f"{name}_lora_b", param((rank, columns), ("rank", column_axis), 0.0))
 
     def __call__(
         self,
@@ -110,13 +128,26 @@ class Block(nnx.Module):
         """x [B, T, D] to the same; ``attention`` takes q [B,T,H,hd], k and v [B,T,K,hd]."""
         c, (b, t, _) = self.config, x.shape
         h = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
-        q, k, v = (dense(h, w[...]).reshape(b, t, -1, c.head_dim) for w in (self.q, self.k, self.v))
+        q, k, v = (self._project(h, name).reshape(b, t, -1, c.head_dim) for name in "qkv")
         q = rope(rms_norm(q, self.q_norm[...], c.rms_norm_eps), *rotation)
         k = rope(rms_norm(k, self.k_norm[...], c.rms_norm_eps), *rotation)
-        x = x + dense(attention(q, k, v), self.o[...])
+        x = x + self._project(attention(q, k, v), "o")
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-        h = jax.nn.silu(dense(h, self.gate[...])) * dense(h, self.up[...])
-        return x + dense(h, self.down[...])
+        if c.num_experts:
+            experts = Experts(self.router[...], self.gate[...], self.up[...], self.down[...])
+            return x + mixture(h, experts, c.num_experts_per_tok, c.norm_topk_prob)
+        h = jax.nn.silu(self._project(h, "gate")) * self._project(h, "up")
+        return x + self._project(h, "down")
+
+    def _project(self, x: jax.Array, name: str) -> jax.Array:
+        """x times the matrix called ``name``, with its bias and its adapter where there are any."""
+        y = dense(x, getattr(self, name)[...])
+        if hasattr(self, f"{name}_bias"):
+            y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
+        if self.config.lora and name in self.config.lora.targets:
+            low = dense(x, getattr(self, f"{name}_lora_a")[...])
+            y = y + dense(low, getattr(self, f"{name}_lora_b")[...]) * self.config.lora.scale
+        return y
 
 
 class Qwen3(nnx.Module):
@@ -163,7 +194,7 @@ class Qwen3(nnx.Module):
         """
         c = self.config
         x = self.embed[...][tokens].astype(c.dtype)
-        rotation = rope_tables(positions, c.head_dim, c.rope_theta)
+        rotation = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         if cache is None:
             x = self._layers(x, rotation, segments)
         else:

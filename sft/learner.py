@@ -18,8 +18,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.attention import check as check_attention
 from model.config import Qwen3Config
 from model.logprobs import token_logprobs
+from model.lora import join, split
 from model.qwen3 import Params, bind
 from sft.packing import Rows
 
@@ -54,7 +56,10 @@ class OptimizerConfig:
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds. `step` counts updates, int32 scalar."""
+    """What a checkpoint holds. `step` counts updates, int32 scalar.
+
+    Where `params` has adapters (model/lora.py), they alone are trained, and `opt_state` is theirs.
+    """
 
     params: Params
     opt_state: Any
@@ -78,6 +83,7 @@ class Learner:
         mesh: Mesh | None = None,
         temperature: float = 1.0,
     ) -> None:
+        check_attention(config.attention)
         self._optimizer = optimizer
         self._whole = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._split = NamedSharding(mesh, PartitionSpec("data")) if mesh else None
@@ -95,26 +101,30 @@ class Learner:
         def accumulate(
             params: Params, total: Any, rows: Rows, denominator: jax.Array
         ) -> tuple[Any, dict[str, jax.Array]]:
-            def objective(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-                value, sums = loss(*forward(params, rows), rows)
+            trained, frozen = split(params)
+
+            def objective(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+                value, sums = loss(*forward(join(trained, frozen), rows), rows)
                 return value / denominator, {"loss": value, **sums}
 
-            grads, sums = jax.grad(objective, has_aux=True)(params)
+            grads, sums = jax.grad(objective, has_aux=True)(trained)
             return jax.tree.map(jnp.add, total, grads), sums
 
         def update(state: TrainState, grads: Any) -> tuple[TrainState, jax.Array]:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            trained, frozen = split(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = join(optax.apply_updates(trained, updates), frozen)
             return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
 
         self._forward = jax.jit(forward)
         self._accumulate = jax.jit(accumulate, donate_argnums=1)
         self._update = jax.jit(update, donate_argnums=0)
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, split(params)[0]))
 
     def init(self, params: Params) -> TrainState:
         """A fresh state at step 0, which owns a copy of `params`."""
-        state = TrainState(params, self._optimizer.init(params), jnp.zeros((), jnp.int32))
+        opt_state = self._optimizer.init(split(params)[0])
+        state = TrainState(params, opt_state, jnp.zeros((), jnp.int32))
         return self.place(jax.tree.map(lambda a: jnp.array(a, copy=True), state))
 
     def place(self, state: TrainState) -> TrainState:

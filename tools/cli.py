@@ -20,7 +20,11 @@ VERBS = {
     "sft": ("tools.stages:sft", "train on the teacher's verified trajectories"),
     "rl": ("tools.stages:rl", "train with GRPO against sandboxes"),
     "eval": ("tools.stages:evaluate", "success of a policy on held-out tasks"),
+    "convert": ("tools.checkpoints:convert", "checkpoints: Hugging Face, Orbax and MaxText"),
+    "score": ("tools.checkpoints:score", "log-probabilities of token ids under a checkpoint"),
+    "generate": ("tools.checkpoints:generate", "continue token ids under a checkpoint"),
     "report": ("tools.report", "write a run folder's report.html"),
+    "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),
 }
 
 # top-level module -> what to install when it is missing

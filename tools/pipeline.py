@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +18,12 @@ from jax.sharding import Mesh
 from configs.errors import InputError
 from configs.files import write_atomic
 from configs.schema import dump
+from model.config import Qwen3Config
 from model.decode import Engine
 from model.hf import load_hf, save_hf
 from model.host import keep_freed_memory
+from model.lora import Lora, add_adapters, merged
+from model.peft import save_peft
 from model.qwen3 import Params
 from model.sharding import data_mesh, simulate_devices
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
@@ -90,10 +93,13 @@ class RunConfig:
 
     policy: "shipped", or a Hugging Face folder with the weights and tokenizer to start from.
     devices: devices that share each microbatch (data parallel).
+    lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
+      on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
     """
 
     policy: str = "shipped"
     devices: int = 1
+    lora: Lora | None = None
     tasks: TaskConfig = field(default_factory=TaskConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -186,15 +192,15 @@ class Pipeline:
             with progress("SFT") as report:
                 params = train_sft(
                     self.config.sft,
-                    self.start.config,
-                    self.start.params,
+                    self.trained,
+                    add_adapters(self.start.params, self.config.lora, self.seed),
                     examples(trajectories),
                     self.run,
                     seed=self.seed,
                     mesh=self.mesh,
                     on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
                 )
-            save_hf(folder, params, self.start.config, self.start.tokenizer)
+            self._keep(folder, params, self.start.folder)
         return self._load(folder)
 
     async def rl(self, start: Params) -> Params:
@@ -208,14 +214,14 @@ class Pipeline:
                 return await self._run(episodes, policy)
 
             def publish(params: Params, version: int) -> None:
-                written = snapshots.write(params, version)
+                written = snapshots.write(merged(params, self.config.lora), version)
                 self.engine.set_params(load_hf(written).params, version)
 
             with progress("RL") as report:
                 params = await train_rl(
                     self.config.rl,
-                    self.start.config,
-                    start,
+                    self.trained,
+                    add_adapters(start, self.config.lora, self.seed + 1),
                     self.train_tasks,
                     self.run,
                     seed=self.seed,
@@ -225,7 +231,7 @@ class Pipeline:
                     mesh=self.mesh,
                     on_step=lambda n, of, m: report(n, of, f"success {m['rl/success']:.2f}"),
                 )
-            save_hf(folder, params, self.start.config, self.start.tokenizer)
+            self._keep(folder, params, self.run / "snapshots" / "sft")
         return self._load(folder)
 
     async def evaluate(self, name: str, params: Params | None = None) -> list[Trajectory]:
@@ -273,6 +279,19 @@ class Pipeline:
             self.config.agent,
             concurrency=self.config.server.slots,
         )
+
+    @functools.cached_property
+    def trained(self) -> Qwen3Config:
+        """The config of what is trained: the starting policy's, with adapters if asked for."""
+        return replace(self.start.config, lora=self.config.lora)
+
+    def _keep(self, folder: Path, params: Params, base: Path) -> None:
+        """Write a stage's result: its adapters, if any, then the whole policy."""
+        if self.config.lora is not None:
+            adapters = folder.with_name(f"{folder.name}-adapter")
+            save_peft(adapters, params, self.trained, str(base.absolute()))
+        whole = merged(params, self.config.lora)
+        save_hf(folder, whole, self.start.config, self.start.tokenizer)
 
     def _load(self, folder: Path) -> Params:
         return load_hf(folder).params

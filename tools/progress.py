@@ -47,6 +47,19 @@ def progress(label: str) -> Iterator[Report]:
         yield report
 
 
+@contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in GB with its speed. The yielded function takes (bytes done, bytes in all)."""
+    began = time.monotonic()
+    with progress(label) as report:
+
+        def count(done: int, total: int) -> None:
+            speed = done / 1e9 / max(time.monotonic() - began, 1e-9)
+            report(done >> 20, total >> 20, f"MiB, {speed:.2f} GB/s")
+
+        yield count
+
+
 def _lines(label: str) -> Report:
     last = 0.0
 

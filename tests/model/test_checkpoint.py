@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,97 @@ def test_the_newest_are_kept_and_a_step_can_be_replaced(tmp_path, background):
     assert again.steps() == [2, 3]
     np.testing.assert_array_equal(again.restore(3, {"a": jnp.zeros(3, jnp.int32)})["a"], 9)
     again.close()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_best_are_kept_besides_the_newest(tmp_path, background):
+    checkpoints = Checkpoints(tmp_path, keep=2, best=2, background=background)
+    for step, score in enumerate([0.1, 0.9, 0.3, 0.8, 0.2, None, 0.0]):
+        checkpoints.save(step, {"a": jnp.full(3, step)}, score=score)
+    checkpoints.close()
+    again = Checkpoints(tmp_path)
+    assert again.steps() == [1, 3, 5, 6]
+    assert again.best() == 1
+    np.testing.assert_array_equal(again.restore(1, {"a": jnp.zeros(3, jnp.int32)})["a"], 1)
+    again.close()
+
+
+MESHES = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+import numpy as np
+from model.checkpoint import Checkpoints, checksums
+from model.config import preset
+from model.qwen3 import init
+from model.sharding import make_mesh, param_shardings
+config = preset("tiny", vocab_size=64, num_hidden_layers=2)
+mesh = make_mesh(eval(sys.argv[3]))
+params = jax.device_put(init(config, 0), param_shardings(config, mesh))
+checkpoints = Checkpoints(Path(sys.argv[1]))
+if not checkpoints.steps():
+    checkpoints.save(1, {"params": params})
+else:
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
+    )
+    got = checkpoints.restore(1, {"params": like})["params"]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
+        assert a.sharding == b.sharding
+        np.testing.assert_array_equal(a, b)
+checkpoints.close()
+"""
+
+
+def test_restored_onto_another_mesh_and_device_count(tmp_path):
+    """Written by four devices, read by eight laid out otherwise and by one."""
+    for devices, mesh in ((4, {"fsdp": 4}), (8, {"data": 2, "fsdp": 4}), (1, {"data": 1})):
+        done = subprocess.run(
+            [sys.executable, "-c", MESHES, str(tmp_path), str(devices), repr(mesh)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+SAVES_FOREVER = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from model.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), background=True)
+for step in range(1, 10_000):
+    checkpoints.save(step, {"a": jnp.full((512, 512), step), "b": jnp.full((64, 8), step)})
+    print(step, flush=True)
+"""
+
+
+def test_a_save_that_was_cut_off_is_never_restored(tmp_path):
+    """Killed at some point of some background save, several times over."""
+    like = {"a": jnp.zeros((512, 512), jnp.int32), "b": jnp.zeros((64, 8), jnp.int32)}
+    for turn in range(3):
+        worker = subprocess.Popen(
+            [sys.executable, "-c", SAVES_FOREVER, str(tmp_path / str(turn))],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert worker.stdout is not None
+        for _ in range(3 + turn):
+            worker.stdout.readline()
+        time.sleep(0.013 * turn)
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+        checkpoints = Checkpoints(tmp_path / str(turn))
+        newest = checkpoints.steps()[-1]
+        tree = checkpoints.restore(newest, like)
+        assert (np.asarray(tree["a"]) == newest).all() and (np.asarray(tree["b"]) == newest).all()
+        checkpoints.close()
 
 
 def _largest(folder: Path) -> Path:

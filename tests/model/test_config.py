@@ -7,6 +7,7 @@ import pytest
 from configs.errors import InputError
 from model.config import PRESETS, Qwen3Config, preset
 from model.qwen3 import abstract
+from model.rope import Yarn
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -25,25 +26,34 @@ def test_round_trip(name: str):
         ("qwen3-8b", 8.191),
         ("qwen3-14b", 14.768),
         ("qwen3-32b", 32.762),
+        ("qwen3-30b-a3b", 30.532),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, billions: float):
     assert PRESETS[name].num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_num_parameters_counts_what_the_model_has(tied: bool):
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"tie_word_embeddings": False}, {"attention_bias": True}, MIXTURE]
+)
+def test_num_parameters_counts_what_the_model_has(change: dict):
     import jax
 
-    config = preset("tiny", tie_word_embeddings=tied)
+    config = preset("tiny", **change)
     assert config.num_parameters == sum(a.size for a in jax.tree.leaves(abstract(config)))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"attention_bias": True},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"attention_dropout": 0.1},
+        {"decoder_sparse_step": 2},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},  # against rope_parameters
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "ramp": 2}},
+        {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}},
         {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}},  # against top level
         {"use_sliding_window": True},
@@ -73,6 +83,33 @@ def test_rope_theta_is_read_from_either_place():
     hf["rope_parameters"] = None
     with pytest.raises(InputError, match="rope_theta is missing"):
         Qwen3Config.from_hf(hf)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_yarn_is_read_from_either_place():
+    hf = PRESETS["tiny"].to_hf() | {"rope_parameters": None, "rope_scaling": YARN}
+    want = Yarn(4.0, 32768)
+    assert Qwen3Config.from_hf(hf).rope_scaling == want
+    hf["rope_scaling"] = {("type" if k == "rope_type" else k): v for k, v in YARN.items()}
+    assert Qwen3Config.from_hf(hf).rope_scaling == want
+    hf["rope_parameters"] = {"rope_theta": 10_000.0, **YARN}
+    del hf["rope_scaling"]
+    config = Qwen3Config.from_hf(hf)
+    assert config.rope_scaling == want
+    assert Qwen3Config.from_hf(config.to_hf(), dtype=config.dtype) == config
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_experts_are_read_under_both_names(name: str):
+    hf = PRESETS["qwen3-30b-a3b"].to_hf()
+    hf[name] = hf.pop("num_experts")
+    assert Qwen3Config.from_hf(hf).num_experts == 128
+    with pytest.raises(InputError, match="num_experts"):
+        Qwen3Config.from_hf(hf | {"num_experts": 8, "num_local_experts": 4})
+    with pytest.raises(InputError, match="num_experts_per_tok"):
+        Qwen3Config.from_hf(hf | {"num_experts_per_tok": 129})
 
 
 def test_unknown_preset_and_field():

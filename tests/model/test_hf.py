@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs.errors import InputError
-from model.hf import INDEX, MANIFEST, WEIGHTS, load_hf, save_hf
+from model.export_folder import MANIFEST
+from model.hf import INDEX, WEIGHTS, load_hf, save_hf
 from tests.model.conftest import random_params
 
 

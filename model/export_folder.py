@@ -1,0 +1,165 @@
+"""A folder that is whole or not there: written aside, sealed by a manifest, moved into place.
+
+``manifest.json`` holds the size and sha256 of every file. In an object store, which cannot rename,
+the manifest alone says that a folder is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.errors import InputError
+
+MANIFEST, FORMAT = "manifest.json", "remend-hf-1"
+
+
+class ExportFolder:
+    """A folder that appears whole or not at all; in an object store, with its manifest or not.
+
+    ``resume`` names what is written: files of a write of the same name that was cut off are kept.
+    """
+
+    def __init__(self, folder: Path | str, resume: str | None) -> None:
+        from etils import epath
+
+        self._remote = "://" in str(folder)
+        self._folder: Any = epath.Path(folder) if self._remote else Path(folder).absolute()
+        self._resume = resume
+        self._files: dict[str, dict[str, Any]] = {}
+        if self._folder.exists() and any(self._folder.iterdir()):
+            if not (self._folder / MANIFEST).is_file() and not self._remote:
+                raise InputError(f"{folder} exists and is not an earlier export; choose another")
+        self._aside = self._folder
+        if not self._remote:
+            mark = "partial" if resume else f"writing-{os.getpid()}"
+            self._aside = self._folder.parent / f".{self._folder.name}.{mark}"
+        self._state = self._aside / "progress.json"
+
+    def __enter__(self) -> ExportFolder:
+        if jax.process_index() == 0:
+            kept: dict[str, dict[str, Any]] = {}
+            if self._resume and self._state.is_file():
+                state = json.loads(self._state.read_text())
+                kept = state["files"] if state["resume"] == self._resume else {}
+            if not kept and not self._remote:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            if self._remote and (self._aside / MANIFEST).is_file():
+                (self._aside / MANIFEST).unlink()  # what follows is not whole
+            self._aside.mkdir(parents=True, exist_ok=True)
+            self._files = kept
+        barrier(f"{self._folder} opened")
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if not self._remote and (kind is None or not self._resume):
+            shutil.rmtree(self._aside, ignore_errors=True)
+
+    def has(self, name: str) -> bool:
+        """Whether a file was finished by the write that is taken up."""
+        return name in self._files
+
+    def put(self, name: str, write_to: Callable[[Path], str]) -> None:
+        """Write one file; ``write_to`` returns its sha256."""
+        digest = write_to(self._aside / name)
+        self._files[name] = {"bytes": self._size(name), "sha256": digest}
+        if self._resume and jax.process_count() == 1:
+            note = self._state.with_suffix(".tmp")
+            note.write_text(json.dumps({"resume": self._resume, "files": self._files}))
+            note.rename(self._state)
+
+    def put_text(self, name: str, text: str | bytes) -> None:
+        """Write one small file."""
+        data = text.encode() if isinstance(text, str) else text
+        with (self._aside / name).open("wb") as file:
+            file.write(data)
+            if not self._remote:
+                file.flush()
+                os.fsync(file.fileno())
+        self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def put_folder(self, save: Callable[[Path], None]) -> None:
+        """Write what ``save`` puts into a local folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            save(Path(scratch))
+            for file in sorted(Path(scratch).iterdir()):
+                self.put_text(file.name, file.read_bytes())
+
+    def finish(self, meta: Mapping[str, Any]) -> None:
+        """Write the manifest and move the folder into place."""
+        self._state.unlink(missing_ok=True)
+        for name in sorted(p.name for p in self._aside.iterdir()):
+            if name not in self._files and name != MANIFEST:  # written by another host
+                digest = _sha256(self._aside / name)
+                self._files[name] = {"bytes": self._size(name), "sha256": digest}
+        files = dict(sorted(self._files.items()))
+        manifest = {"format": FORMAT, "meta": dict(meta), "files": files}
+        self.put_text(MANIFEST, json.dumps(manifest, indent=1))
+        if self._remote:
+            return
+        if self._folder.exists():
+            old = self._folder.parent / f".{self._folder.name}.old-{os.getpid()}"
+            self._folder.rename(old)
+            self._aside.rename(self._folder)
+            shutil.rmtree(old)
+        else:
+            self._aside.rename(self._folder)
+
+    def _size(self, name: str) -> int:
+        stat: Any = (self._aside / name).stat()
+        return stat.length if self._remote else stat.st_size
+
+
+def check_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, after comparing size and sha256 of every file it names; None if there is none.
+
+    Raises InputError naming the first file that is missing or differs.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        return None  # another program's manifest
+    for name, fact in manifest["files"].items():
+        file = path.parent / name
+        if not file.is_file():
+            raise InputError(f"{file} is missing; the manifest lists it")
+        if file.stat().st_size != fact["bytes"]:
+            raise InputError(
+                f"{file} has {file.stat().st_size} bytes, its manifest says {fact['bytes']}: "
+                "truncated or overwritten"
+            )
+        if _sha256(file) != fact["sha256"]:
+            raise InputError(f"{file} does not match the sha256 in its manifest: corrupt")
+    return manifest
+
+
+def barrier(name: str) -> None:
+    """Wait for the other hosts, where there are any."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
