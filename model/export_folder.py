@@ -35,7 +35,11 @@ class ExportFolder:
         self._folder: Any = epath.Path(folder) if self._remote else Path(folder).absolute()
         self._resume = resume
         self._files: dict[str, dict[str, Any]] = {}
-        if self._folder.exists() and any(self._folder.iterdir()):
+        try:
+            there = self._folder.exists() and any(self._folder.iterdir())
+        except ImportError as error:  # the store's driver: gcsfs, s3fs, ...
+            raise InputError(f"{folder}: {error}") from None
+        if there:
             if not (self._folder / MANIFEST).is_file() and not self._remote:
                 raise InputError(f"{folder} exists and is not an earlier export; choose another")
         self._aside = self._folder

@@ -40,6 +40,8 @@ class RLConfig:
     row_tokens, row_targets, microbatch_rows: shape of the learner's batches.
     checkpoint_every: steps between checkpoints.
     turn_credit: weight of the credit for turns that test a new edit, beside the verdict's.
+    only_solved: take only tasks that the teacher solved: on others most groups fail whole, and teach
+      nothing.
     scale_advantages: divide a group's advantages by the standard deviation of its rewards.
     """
 
@@ -53,6 +55,7 @@ class RLConfig:
     checkpoint_every: int = 4
     scale_advantages: bool = True
     turn_credit: float = 0.0
+    only_solved: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -203,8 +203,12 @@ class Pipeline:
             self._keep(folder, params, self.start.folder)
         return self._load(folder)
 
-    async def rl(self, start: Params) -> Params:
-        """GRPO from the SFT policy; the final parameters."""
+    async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
+        """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
+        tasks = self.train_tasks
+        if self.config.rl.only_solved:
+            solved = {trajectory.task for trajectory in taught if trajectory.success}
+            tasks = [task for task in tasks if task.name in solved]
         folder = self.run / "snapshots" / "rl"
         if not folder.exists():
             policy = self.served("rl")
@@ -222,7 +226,7 @@ class Pipeline:
                     self.config.rl,
                     self.trained,
                     add_adapters(start, self.config.lora, self.seed + 1),
-                    self.train_tasks,
+                    tasks,
                     self.run,
                     seed=self.seed,
                     temperature=self.config.agent.temperature,

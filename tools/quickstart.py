@@ -63,7 +63,7 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
         with clock.phase("eval-sft"):
             evaluated["sft"] = await pipeline.evaluate("sft", tuned)
         with clock.phase("rl"):
-            trained = await pipeline.rl(tuned)
+            trained = await pipeline.rl(tuned, taught)
         with clock.phase("eval-rl"):
             evaluated["rl"] = await pipeline.evaluate("rl", trained)
         isolation = pipeline.pool.backend

@@ -72,7 +72,7 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
         params = pipeline.sft(taught)
         stage = args.policy if verb == "eval" else verb
         if stage == "rl":
-            params = await pipeline.rl(params)
+            params = await pipeline.rl(params, taught)
         if verb == "eval":
             return success(await pipeline.evaluate(stage, params))
         return {"run": str(args.out), "snapshot": str(args.out / "snapshots" / stage)}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,3 +165,77 @@ def test_a_missing_folder_or_tokenizer_is_one_clear_error(tmp_path, folder):
     with pytest.raises(InputError, match="tokenizer.json"):
         _ = load_hf(folder).tokenizer
     shutil.rmtree(folder)
+
+
+def test_a_store_without_its_driver_is_one_clear_error(small, small_params):
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(InputError, match="gcsfs"):
+        save_hf("gs://bucket/policy", small_params, small)
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A stand-in for Google's object store behind the real etils.epath."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Store(MemoryFileSystem):
+        protocol = ("gcs", "gs")
+        store: dict = {}
+
+    registry = importlib.import_module("fsspec.registry")
+    monkeypatch.setitem(registry._registry, "gcs", Store)
+    return Store.store
+
+
+def test_an_object_store_gets_the_files_and_the_manifest_last(store, tmp_path, small, small_params):
+    save_hf("gs://bucket/policy", small_params, small, shard_bytes=20_000)
+    (tmp_path / "copy").mkdir()
+    names = []
+    for path, file in store.items():
+        names.append(Path(path).name)
+        (tmp_path / "copy" / names[-1]).write_bytes(file.getvalue())
+    assert len([n for n in names if n.endswith(".safetensors")]) > 1
+    assert names[-1] == MANIFEST
+    _same(load_hf(tmp_path / "copy").params, small_params)
+
+
+MESH = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from model.hf import load_hf, save_hf
+from model.sharding import make_mesh, param_shardings
+folder = Path(sys.argv[1])
+mesh = make_mesh({"data": 2, "fsdp": 2})
+whole = load_hf(folder)
+shared = load_hf(folder, shardings=lambda config: param_shardings(config, mesh))
+spread = 0
+for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(shared.params), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    spread += not b.sharding.is_fully_replicated
+assert spread > 3, spread
+save_hf(folder.with_name("again"), shared.params, shared.config)
+"""
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_parameters_go_to_a_mesh_and_come_back(tmp_path, small, experts):
+    config = small
+    if experts:
+        config = replace(
+            small, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=12
+        )
+    save_hf(tmp_path / "a", random_params(config, 2), config)
+    done = subprocess.run(
+        [sys.executable, "-c", MESH, str(tmp_path / "a")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = (tmp_path / "a" / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == weights
