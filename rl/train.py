@@ -38,10 +38,11 @@ class RLConfig:
     tasks_per_step, group_size: episodes of a step = tasks × group.
     updates_per_step: optimizer updates that a step's episodes are cut into, group by group.
     row_tokens, row_targets, microbatch_rows: shape of the learner's batches.
-    checkpoint_every: steps between checkpoints.
+    checkpoint_every: steps between checkpoints, of which the newest two are kept.
+    keep_best: checkpoints with the highest training success to keep besides.
     turn_credit: weight of the credit for turns that test a new edit, beside the verdict's.
-    only_solved: take only tasks that the teacher solved: on others most groups fail whole, and teach
-      nothing.
+    only_solved: take only tasks that the teacher solved: on others most groups fail whole, and
+      teach nothing.
     scale_advantages: divide a group's advantages by the standard deviation of its rewards.
     """
 
@@ -53,6 +54,7 @@ class RLConfig:
     row_targets: int = 512
     microbatch_rows: int = 8
     checkpoint_every: int = 4
+    keep_best: int = 0
     scale_advantages: bool = True
     turn_credit: float = 0.0
     only_solved: bool = False
@@ -104,7 +106,7 @@ async def train_rl(
     updates = config.steps * config.updates_per_step
     learner = Learner(model, config.optimizer.build(updates), loss, mesh, temperature)
     metrics = Metrics(run)
-    checkpoints = Checkpoints(run / "checkpoints" / "rl")
+    checkpoints = Checkpoints(run / "checkpoints" / "rl", best=config.keep_best, background=True)
     state = learner.init(params)
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
@@ -133,7 +135,7 @@ async def train_rl(
         values |= {"time/rollout_s": rolled - began, "time/learn_s": time.monotonic() - rolled}
         metrics.write("rl", step + 1, values)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            checkpoints.save(step + 1, state._asdict())
+            checkpoints.save(step + 1, state._asdict(), score=values["rl/success"])
         on_step(step + 1, config.steps, values)
     checkpoints.close()
     publish(state.params, config.steps)

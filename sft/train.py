@@ -85,7 +85,7 @@ def train_sft(
     order = _order(len(rows.tokens), config, seed)
     learner = Learner(model, config.optimizer.build(len(order)), nll, mesh)
     metrics = Metrics(run)
-    checkpoints = Checkpoints(run / "checkpoints" / "sft")
+    checkpoints = Checkpoints(run / "checkpoints" / "sft", background=True)
     state = learner.init(params)
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from configs.files import write_atomic
 from configs.schema import dump
 from model.config import Qwen3Config
 from model.decode import Engine
+from model.folder import load_policy
 from model.hf import load_hf, save_hf
 from model.host import keep_freed_memory
 from model.lora import Lora, add_adapters, merged
@@ -88,16 +89,32 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class NetworkConfig:
+    """How the policy is computed, whatever its size: fields of the same names in Qwen3Config.
+
+    `param_dtype`: of the weights that are trained; None leaves them as they are stored.
+    """
+
+    dtype: str = "float32"
+    param_dtype: str | None = None
+    remat: str = "none"
+    attention: str = "xla"
+    scan_layers: bool = True
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: model × data × algorithm × environment.
 
-    policy: "shipped", or a Hugging Face folder with the weights and tokenizer to start from.
+    policy: "shipped", or a folder (Hugging Face, Orbax or MaxText) with the weights to start from
+      and their tokenizer.
     devices: devices that share each microbatch (data parallel).
     lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
     """
 
     policy: str = "shipped"
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     devices: int = 1
     lora: Lora | None = None
     tasks: TaskConfig = field(default_factory=TaskConfig)
@@ -125,8 +142,9 @@ class Pipeline:
         keep_freed_memory()
         simulate_devices(config.devices)
         self.config, self.run, self.seed = config, run, seed
-        self.start = load_hf(
-            POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy)
+        self.start = load_policy(
+            POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy),
+            **asdict(config.network),
         )
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)

@@ -116,6 +116,24 @@ def test_the_best_are_kept_besides_the_newest(tmp_path, background):
     again.close()
 
 
+def test_a_background_save_holds_what_was_saved_though_training_goes_on(tmp_path):
+    """The learner donates its state, so that the next step may write over it."""
+    advance = jax.jit(lambda t: jax.tree.map(lambda a: a * 1.5 + 1, t), donate_argnums=0)
+    tree = {"a": jnp.arange(3_000_000, dtype=jnp.float32), "b": jnp.ones((300, 300))}
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+    checkpoints, saved = Checkpoints(tmp_path, keep=3, background=True), {}
+    for step in range(3):
+        saved[step] = jax.tree.map(lambda a: np.array(a, copy=True), tree)
+        checkpoints.save(step, tree)
+        for _ in range(3):
+            tree = advance(tree)
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=3)
+    for step, want in saved.items():
+        _same(again.restore(step, like), want)
+    again.close()
+
+
 MESHES = """
 import sys
 from pathlib import Path
