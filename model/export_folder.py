@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,13 @@ def check_manifest(folder: Path) -> dict[str, Any] | None:
                 f"{file} has {file.stat().st_size} bytes, its manifest says {fact['bytes']}: "
                 "truncated or overwritten"
             )
-        if _sha256(file) != fact["sha256"]:
-            raise InputError(f"{file} does not match the sha256 in its manifest: corrupt")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(_sha256, [path.parent / name for name in manifest["files"]])
+        for (name, fact), digest in zip(manifest["files"].items(), digests, strict=True):
+            if digest != fact["sha256"]:
+                raise InputError(
+                    f"{path.parent / name} does not match the sha256 in its manifest: corrupt"
+                )
     return manifest
 
 
@@ -161,9 +167,13 @@ def _sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; InputError if it is missing or holds anything else."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return found

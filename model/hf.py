@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import InputError
+from model.assets import carried
 from model.config import DTYPES, Qwen3Config
 from model.export_folder import ExportFolder, barrier, check_manifest, read_json
 from model.fill import Filler
@@ -35,20 +36,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # of one file, as transformers cuts them
-
-# What travels with the weights as it is, where a source folder has it.
-ASSETS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SHARD_BYTES = 2_000_000_000  # of one file: several are hashed and read at a time
 
 # (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
@@ -382,13 +370,10 @@ def _write_rest(
         hf["eos_token_id"] = end
         ids = {"eos_token_id": [end, pad], "pad_token_id": pad}
         target.put_text("generation_config.json", json.dumps(ids, indent=2) + "\n")
-    if assets is not None:
-        for name in ASSETS:
-            if (assets / name).is_file():
-                target.put_text(name, (assets / name).read_bytes())
-        if (assets / "config.json").is_file():
-            source = read_json(assets / "config.json")
-            hf |= {k: source[k] for k in TOKEN_IDS if source.get(k) is not None}
+    files, token_ids = carried(assets)
+    hf |= token_ids
+    for name, data in files.items():
+        target.put_text(name, data)
     target.put_text("config.json", json.dumps(hf, indent=2) + "\n")
 
 

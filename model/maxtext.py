@@ -45,6 +45,7 @@ import numpy as np
 import yaml
 
 from configs.errors import InputError
+from model.assets import carried
 from model.config import DTYPES, Qwen3Config
 from model.hf import read_config
 from model.qwen3 import Params, abstract
@@ -82,7 +83,12 @@ _TOP = {
 
 
 def save_maxtext(
-    folder: Path, params: Params, config: Qwen3Config, *, dtype: str | None = None
+    folder: Path,
+    params: Params,
+    config: Qwen3Config,
+    *,
+    dtype: str | None = None,
+    assets: Path | None = None,
 ) -> None:
     """Write a folder from which MaxText starts, and which ``load_maxtext`` reads.
 
@@ -94,6 +100,7 @@ def save_maxtext(
         folder: created; replaced if it is an earlier export, refused if it holds anything else.
             Written aside, flushed and moved into place, so it is whole or not there.
         dtype: "float32" or "bfloat16" to cast; None keeps each parameter's bits.
+        assets: a folder whose tokenizer files, chat template and generation config are copied.
 
     Raises InputError naming a parameter whose name, shape or dtype is not the config's, or what the
     config asks for that MaxText cannot hold.
@@ -113,7 +120,10 @@ def save_maxtext(
     )
     with _written_aside(folder) as aside:
         _write_tree(aside, tree)
-        hf = config.to_hf() | {"torch_dtype": stored}
+        files, token_ids = carried(assets)
+        for name, data in files.items():
+            (aside / name).write_bytes(data)
+        hf = config.to_hf() | {"torch_dtype": stored} | token_ids
         (aside / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         (aside / FLAGS).write_text(
             "# Pass this file to a MaxText command in place of base.yml, with\n"

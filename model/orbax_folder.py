@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import InputError
+from model.assets import carried
 from model.config import DTYPES, Qwen3Config
-from model.export_folder import read_json
-from model.hf import ASSETS, TOKEN_IDS, LoadedPolicy, read_config
+from model.hf import LoadedPolicy, read_config
 from model.qwen3 import Params, abstract
 
 PARAMS, MARK = "params", "remend-orbax-1"
@@ -54,12 +54,10 @@ def save_orbax(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"].dtype).name}
-        if assets is not None:
-            for name in ASSETS:
-                if (assets / name).is_file():
-                    shutil.copyfile(assets / name, aside / name)
-            source = read_json(assets / "config.json")
-            hf |= {k: source[k] for k in TOKEN_IDS if source.get(k) is not None}
+        files, token_ids = carried(assets)
+        hf |= token_ids
+        for name, data in files.items():
+            (aside / name).write_bytes(data)
         (aside / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         (aside / MARK).touch()
     with ocp.StandardCheckpointer() as checkpointer:

@@ -20,7 +20,7 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("target", help="folder to write; a URL (gs://…) for --to hf")
     parser.add_argument("--to", required=True, choices=("hf", "orbax", "maxtext"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="cast the weights")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a safetensors file")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="size of a safetensors file")
     _json(parser)
     args = parser.parse_args(argv)
     if args.shard_gb <= 0:
@@ -65,7 +65,9 @@ def convert(argv: list[str]) -> int:
     else:
         from model.maxtext import save_maxtext
 
-        save_maxtext(Path(args.target), policy.params, policy.config, dtype=args.dtype)
+        save_maxtext(
+            Path(args.target), policy.params, policy.config, dtype=args.dtype, assets=args.source
+        )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.params))
     return _finish(args, {"tensors": count, "bytes": size, "target": args.target}, began)
 

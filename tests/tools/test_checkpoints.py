@@ -56,10 +56,10 @@ def test_there_and_back_is_the_same_bits_and_the_same_files(source, tmp_path, th
     for name, value in want.items():
         assert got[name].dtype == value.dtype and got[name].tobytes() == value.tobytes()
     _same(load_policy(middle).params, load_hf(source).params)
-    if through == "orbax":  # everything that travels with the weights
-        assert _files(back) - shards - {INDEX} == _files(source) - {WEIGHTS}
-        for name in ("tokenizer.json", "generation_config.json", "config.json"):
-            assert json.loads((back / name).read_text()) == json.loads((source / name).read_text())
+    # everything that travels with the weights
+    assert _files(back) - shards - {INDEX} == _files(source) - {WEIGHTS}
+    for name in ("tokenizer.json", "generation_config.json", "config.json"):
+        assert json.loads((back / name).read_text()) == json.loads((source / name).read_text())
 
 
 @pytest.mark.parametrize("config", [MIXTURE, replace(SMALL, attention_bias=True)])
