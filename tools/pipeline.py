@@ -225,8 +225,7 @@ class Pipeline:
         """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
         tasks = self.train_tasks
         if self.config.rl.only_solved:
-            solved = {trajectory.task for trajectory in taught if trajectory.success}
-            tasks = [task for task in tasks if task.name in solved]
+            tasks = solved_tasks(tasks, taught)
         folder = self.run / "snapshots" / "rl"
         if not folder.exists():
             policy = self.served("rl")
@@ -328,6 +327,12 @@ class Pipeline:
                 f"{self.run} holds a run with another config or seed: choose another --out, "
                 "or delete that folder"
             )
+
+
+def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[Task]:
+    """The tasks, in order, that some episode solved."""
+    solved = {trajectory.task for trajectory in episodes if trajectory.success}
+    return [task for task in tasks if task.name in solved]
 
 
 def _check(config: RunConfig) -> None:
