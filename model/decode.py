@@ -279,7 +279,7 @@ class Engine:
             active=np.zeros(n, bool),
             remaining=np.zeros(n, np.int32),
             seed=np.zeros((n, 2), np.uint32),
-            temperature=np.ones(n, np.float32),
+            temperature=np.zeros(n, np.float32),  # greedy: of an idle slot nothing is drawn
             stops=np.full((n, MAX_STOPS), -1, np.int32),
             top_k=np.zeros(n, np.int32),
             top_p=np.ones(n, np.float32),
@@ -392,10 +392,14 @@ def _sample(logits: jax.Array, lanes: _Lanes, truncation: bool) -> tuple[jax.Arr
     z = z - z.max(-1, keepdims=True)
     p = jnp.exp(z)
     mass = p.sum(-1)
-    kept = _truncate(z, p / mass[:, None], lanes) if truncation else p
-    token = _invert(kept, _uniform(lanes.seed, lanes.position + 1))
     likeliest = jnp.where(z == 0, jnp.arange(z.shape[-1]), z.shape[-1]).min(-1)  # a fast argmax
-    token = jnp.where(greedy, likeliest, token).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        kept = _truncate(z, p / mass[:, None], lanes) if truncation else p
+        drawn = _invert(kept, _uniform(lanes.seed, lanes.position + 1))
+        return jnp.where(greedy, likeliest, drawn).astype(jnp.int32)
+
+    token = jax.lax.cond(greedy.all(), lambda: likeliest.astype(jnp.int32), draw)
     logprob = jnp.take_along_axis(z, token[:, None], 1)[:, 0] - jnp.log(mass)
     return token, logprob
 

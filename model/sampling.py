@@ -4,7 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from model.config import Qwen3Config
 from model.decode import Engine
+from model.qwen3 import Params
+
+SLOTS, DECODE_TOKENS = 8, 32
+
+
+def engine_for(
+    params: Params,
+    config: Qwen3Config,
+    *,
+    rows: int,
+    prompt: int,
+    max_new: int,
+    truncation: bool = False,
+) -> Engine:
+    """An engine for ``rows`` prompts of up to ``prompt`` tokens that are all known beforehand.
+
+    Nobody waits for a slot in the middle of a dispatch, so dispatches are long; and a short prompt
+    is not padded to the chunk that long ones are cut into.
+    """
+    return Engine(
+        params,
+        config,
+        slots=min(rows, SLOTS),
+        max_len=prompt + max_new,
+        prefill_chunk=min(64, max(16, -(-(prompt - 1) // 16) * 16)),
+        prefill_rows=min(rows, SLOTS),
+        decode_tokens=DECODE_TOKENS,
+        truncation=truncation,
+    )
 
 
 def generate(

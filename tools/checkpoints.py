@@ -117,18 +117,18 @@ def generate(argv: list[str]) -> int:
     import numpy as np
 
     from model import sampling
-    from model.decode import MAX_STOPS, Engine
+    from model.decode import MAX_STOPS
     from tools.progress import progress
 
     if len(args.stop) > MAX_STOPS:
         raise InputError(f"--stop takes at most {MAX_STOPS} ids")
     policy = _policy(args, ids)
-    engine = Engine(
+    engine = sampling.engine_for(
         policy.params,
         policy.config,
-        slots=min(len(ids), 8),
-        max_len=ids.shape[1] + args.max_new,
-        prefill_rows=min(len(ids), 8),
+        rows=len(ids),
+        prompt=ids.shape[1],
+        max_new=args.max_new,
         truncation=bool(args.top_k) or args.top_p < 1,
     )
     with progress("generate") as report:

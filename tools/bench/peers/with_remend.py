@@ -6,9 +6,9 @@ import numpy as np
 import optax
 from worker import Job, Run, serve
 
-from model.decode import Engine
 from model.hf import LoadedPolicy, load_hf
 from model.host import keep_freed_memory
+from model.sampling import engine_for, generate
 from sft.learner import Learner, nll
 from sft.packing import Example, Rows, pack
 
@@ -50,21 +50,10 @@ def logprobs(job: Job) -> Run:
 
 def sample(job: Job) -> Run:
     policy, prompts = _policy(job), job.prompts()
-    engine = Engine(policy.params, policy.config, job.slots, job.prompt + job.new)
-
-    def run() -> np.ndarray:
-        ids: dict[int, list[int]] = {}
-        order = [engine.open() for _ in prompts]
-        for slot, prompt in zip(order, prompts, strict=True):
-            engine.extend(slot, prompt.tolist())
-            engine.sample(slot, max_new=job.new, temperature=0.0)
-        while len(ids) < len(order):
-            for result in engine.step():
-                ids[result.slot] = result.ids
-                engine.close(result.slot)
-        return np.array([ids[slot] for slot in order])
-
-    return run
+    engine = engine_for(
+        policy.params, policy.config, rows=job.slots, prompt=job.prompt, max_new=job.new
+    )
+    return lambda: np.array(generate(engine, prompts.tolist(), max_new=job.new)[0])
 
 
 if __name__ == "__main__":
