@@ -370,9 +370,9 @@ def _write_rest(
         hf["eos_token_id"] = end
         ids = {"eos_token_id": [end, pad], "pad_token_id": pad}
         target.put_text("generation_config.json", json.dumps(ids, indent=2) + "\n")
-    files, token_ids = carried(assets)
+    extra, token_ids = carried(assets)
     hf |= token_ids
-    for name, data in files.items():
+    for name, data in extra.items():
         target.put_text(name, data)
     target.put_text("config.json", json.dumps(hf, indent=2) + "\n")
 
