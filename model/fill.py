@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
@@ -123,14 +124,18 @@ def _put_layer(stack: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, part, i, 0)
 
 
+_MADV_POPULATE_WRITE = 23  # <linux/mman.h>, since 5.14; Python has no name for it
+
+
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array of zeros at an address that XLA:CPU takes over without a copy.
 
-    Mapped here rather than by numpy, which asks for huge pages: where memory is scattered, finding
-    them takes the kernel several times as long as all the reading. Where the system can, the pages
-    are there at once instead of one fault at a time.
+    Its pages are there at once, and huge, where the system can do so: one fault for each small page
+    would take as long as reading does, and a transpose writes to many pages at a time.
     """
     size = math.prod(shape) * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
-    raw = mmap.mmap(-1, max(size, 1), flags=flags)
+    raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_POPULATE_WRITE):
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            raw.madvise(advice)
     return np.frombuffer(raw, np.uint8, size).view(dtype).reshape(shape)

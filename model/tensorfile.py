@@ -25,7 +25,8 @@ from configs.errors import InputError
 
 DTYPES = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_HEADER = 100_000_000  # the format's own limit
-_CHUNK = 4 << 20  # bytes read or written at a time
+_CHUNK = 4 << 20  # bytes written at a time, and read at most
+_CACHED, _ROWS = 1 << 20, 256  # bytes of a chunk that stays in a core's cache; rows at least
 _BLOCK = 256  # side of the square that is transposed at a time, so that it stays in the cache
 
 
@@ -114,7 +115,8 @@ def read_into(
         return
     (top, bottom), (left, right) = bounds
     width = entry.shape[1]
-    rows = max(1, _CHUNK // (width * entry.dtype.itemsize))
+    line = width * entry.dtype.itemsize
+    rows = max(1, min(max(_CACHED // line, _ROWS), _CHUNK // line))
     buffer = _buffer(rows * width * entry.dtype.itemsize).view(entry.dtype).reshape(rows, width)
     with entry.path.open("rb", buffering=0) as file:
         for start in range(top, bottom, rows):
