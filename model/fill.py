@@ -135,7 +135,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """
     size = math.prod(shape) * dtype.itemsize
     raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_POPULATE_WRITE):
-        with contextlib.suppress(OSError, TypeError, AttributeError):
-            raw.madvise(advice)
+    with contextlib.suppress(OSError, AttributeError):  # an older kernel, or not Linux
+        raw.madvise(mmap.MADV_HUGEPAGE)
+        raw.madvise(_MADV_POPULATE_WRITE)
     return np.frombuffer(raw, np.uint8, size).view(dtype).reshape(shape)
