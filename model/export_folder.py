@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 
 from configs.errors import InputError
+from configs.files import write_atomic
 
 MANIFEST, FORMAT = "manifest.json", "remend-hf-1"
 
@@ -27,6 +29,8 @@ class ExportFolder:
     """A folder that appears whole or not at all; in an object store, with its manifest or not.
 
     ``resume`` names what is written: files of a write of the same name that was cut off are kept.
+    Each host writes files of its own and notes them in ``progress-<host>.json``; the first host
+    gathers the notes into the manifest.
     """
 
     def __init__(self, folder: Path | str, resume: str | None) -> None:
@@ -45,27 +49,27 @@ class ExportFolder:
                 raise InputError(f"{folder} exists and is not an earlier export; choose another")
         self._aside = self._folder
         if not self._remote:
-            mark = "partial" if resume else f"writing-{os.getpid()}"
+            alone = jax.process_count() == 1  # hosts must agree on the name
+            mark = f"writing-{os.getpid()}" if alone and not resume else "partial"
             self._aside = self._folder.parent / f".{self._folder.name}.{mark}"
-        self._state = self._aside / "progress.json"
 
     def __enter__(self) -> ExportFolder:
         if jax.process_index() == 0:
-            kept: dict[str, dict[str, Any]] = {}
-            if self._resume and self._state.is_file():
-                state = json.loads(self._state.read_text())
-                kept = state["files"] if state["resume"] == self._resume else {}
+            kept = self._noted() if self._resume else {}
             if not kept and not self._remote:
                 shutil.rmtree(self._aside, ignore_errors=True)
             if self._remote and (self._aside / MANIFEST).is_file():
                 (self._aside / MANIFEST).unlink()  # what follows is not whole
             self._aside.mkdir(parents=True, exist_ok=True)
-            self._files = kept
+            if not kept:
+                for note in self._notes():
+                    note.unlink()
         barrier(f"{self._folder} opened")
+        self._files = self._noted()
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if not self._remote and (kind is None or not self._resume):
+        if jax.process_index() == 0 and not self._remote and (kind is None or not self._resume):
             shutil.rmtree(self._aside, ignore_errors=True)
 
     def has(self, name: str) -> bool:
@@ -76,10 +80,12 @@ class ExportFolder:
         """Write one file; ``write_to`` returns its sha256."""
         digest = write_to(self._aside / name)
         self._files[name] = {"bytes": self._size(name), "sha256": digest}
-        if self._resume and jax.process_count() == 1:
-            note = self._state.with_suffix(".tmp")
-            note.write_text(json.dumps({"resume": self._resume, "files": self._files}))
-            note.rename(self._state)
+        note = self._aside / f"progress-{jax.process_index()}.json"
+        text = json.dumps({"resume": self._resume, "files": self._files})
+        if self._remote:
+            note.write_text(text)  # an object appears whole
+        else:
+            write_atomic(note, text)
 
     def put_text(self, name: str, text: str | bytes) -> None:
         """Write one small file."""
@@ -100,12 +106,9 @@ class ExportFolder:
 
     def finish(self, meta: Mapping[str, Any]) -> None:
         """Write the manifest and move the folder into place."""
-        self._state.unlink(missing_ok=True)
-        for name in sorted(p.name for p in self._aside.iterdir()):
-            if name not in self._files and name != MANIFEST:  # written by another host
-                digest = _sha256(self._aside / name)
-                self._files[name] = {"bytes": self._size(name), "sha256": digest}
-        files = dict(sorted(self._files.items()))
+        files = dict(sorted((self._noted() | self._files).items()))
+        for note in self._notes():
+            note.unlink()
         manifest = {"format": FORMAT, "meta": dict(meta), "files": files}
         self.put_text(MANIFEST, json.dumps(manifest, indent=1))
         if self._remote:
@@ -117,6 +120,21 @@ class ExportFolder:
             shutil.rmtree(old)
         else:
             self._aside.rename(self._folder)
+
+    def _notes(self) -> list[Any]:
+        if not self._aside.exists():
+            return []
+        names = sorted(path.name for path in self._aside.iterdir())
+        return [self._aside / n for n in names if re.fullmatch(r"progress-\d+\.json", n)]
+
+    def _noted(self) -> dict[str, dict[str, Any]]:
+        """The files that the hosts of this write, or of the one that it takes up, have finished."""
+        found: dict[str, dict[str, Any]] = {}
+        for note in self._notes():
+            state = json.loads(note.read_text())
+            if state["resume"] == self._resume:
+                found |= state["files"]
+        return found
 
     def _size(self, name: str) -> int:
         stat: Any = (self._aside / name).stat()

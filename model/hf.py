@@ -89,7 +89,7 @@ def save_hf(
             mine = number % ours[1] == ours[0]
             if target.has(name):
                 advance(sum(_nbytes(t, d) for t, d in inside))
-            elif mine or ours[1] > 1:  # every host takes part in gathering what is sharded
+            else:  # every host takes part in gathering what is sharded
                 _write_shard(target, name, inside, params, advance, write_it=mine)
         barrier(f"{folder} weights")
         if ours[0] == 0:

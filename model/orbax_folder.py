@@ -21,6 +21,7 @@ import numpy as np
 from configs.errors import InputError
 from model.assets import carried
 from model.config import DTYPES, Qwen3Config
+from model.export_folder import barrier
 from model.hf import LoadedPolicy, read_config
 from model.qwen3 import Params, abstract
 
@@ -60,6 +61,7 @@ def save_orbax(
             (aside / name).write_bytes(data)
         (aside / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         (aside / MARK).touch()
+    barrier(f"{folder} opened")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(aside / PARAMS, params)
     if jax.process_index() == 0:
@@ -68,6 +70,7 @@ def save_orbax(
             folder.rename(old)
         aside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+    barrier(f"{folder} in place")
 
 
 def load_orbax(
