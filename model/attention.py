@@ -14,11 +14,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from configs.errors import InputError
 
 MASKED = -1e30  # finite: a row with nothing to attend to gives numbers, not NaN
 QUERY_BLOCK = 256
+SAVED = ("attention",)  # the name, for remat policies, of what a backward pass needs of the forward
 
 
 def attend(
@@ -31,7 +33,7 @@ def attend(
         segments: [B, T] int32; a token sees earlier tokens of its own segment. None: one segment.
         impl: all compute the same.
             "xla": any device, nothing but XLA.
-            "splash": a kernel for TPUs, for one device's rows and heads (``model/splash.py``).
+            "splash": a kernel for TPUs (``model/splash.py``).
             "cudnn": NVIDIA GPUs, 16-bit dtypes (``model/cudnn.py``).
             "context": T split over the axis ``context`` of the mesh in force (``model/ring.py``).
 
@@ -111,8 +113,9 @@ def _attend_forward(
         out = _matmul(_flat(p.astype(v.dtype)), v[:, :end])
         outs.append((out.reshape(*p.shape[:-1], -1) / mass).astype(q.dtype))
         lses.append(top + jnp.log(mass))
-    out = jnp.concatenate(outs, axis=3)
-    return out, (q, k, v, segments, out, jnp.concatenate(lses, axis=3))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), *SAVED)
+    lse = checkpoint_name(jnp.concatenate(lses, axis=3), *SAVED)
+    return out, (q, k, v, segments, out, lse)
 
 
 def _attend_backward(

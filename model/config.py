@@ -14,7 +14,7 @@ from configs.errors import InputError
 from model.lora import Lora
 from model.rope import Yarn
 
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "full", "offload")
 ATTENTION = ("xla", "splash", "cudnn", "context")
 DTYPES = ("float32", "bfloat16")
 

@@ -8,6 +8,10 @@ With z = hidden @ head / temperature, p = softmax(z), y the target:
 Logits exist for one chunk of the vocabulary at a time, forward (a running maximum and sums, as in
 https://arxiv.org/abs/1805.02867) and backward (recomputed from the saved logsumexp), so memory is
 [N, chunk] whatever the vocabulary.
+
+On a mesh (``model/parallel.py``) each device of a ``tensor`` group has a part of the vocabulary and
+all have the same N; the group adds up its sums. The head's rows are gathered chunk by chunk, and
+its gradient summed and scattered chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import MASKED
+from model.parallel import TENSOR, WEIGHTS, gather, here, highest, index, scatter_sum, total
 
 CHUNK = 8192
 
@@ -35,13 +40,16 @@ def token_logprobs(
     """Log-probability of each target and entropy of its distribution.
 
     Args:
-        hidden: [N, D]; head: [D, V]; targets: [N] int32 in 0..V-1.
+        hidden: [N, D]; head: [D, V], on a mesh this device's part of it; targets: [N] int32 in
+            0..V-1 of the whole vocabulary.
         temperature: positive; divides the logits. Not differentiated.
         chunk: vocabulary entries held at a time; a vocabulary that fits is one block.
 
-    Returns (logprobs [N], entropies [N]) float32 in nats. Differentiable in hidden and head.
+    Returns (logprobs [N], entropies [N]) float32 in nats. Differentiable in hidden and head; the
+    devices of a tensor group get the same numbers, and the same derivatives must come back to each.
     """
     chunk = min(chunk, head.shape[1])
+    targets = targets - index(TENSOR) * head.shape[1]  # outside 0..V/tensor-1: of another device
     return _token_logprobs(chunk, hidden, head, targets, jnp.float32(1.0) / temperature)
 
 
@@ -84,15 +92,16 @@ def _token_logprobs(
 def _logits(
     chunk: int, start: jax.Array, hidden: jax.Array, head: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A chunk's weights [D, chunk], logits [N, chunk] and vocabulary ids [chunk].
+    """A chunk's weights [D, chunk] as multiplied, logits [N, chunk] and its columns [chunk].
 
     The last chunk is moved back to end with the vocabulary; entries that an earlier chunk has
     covered are masked, so nothing is counted twice and the head needs no padding.
     """
     v = head.shape[1]
     begin = jnp.minimum(start, v - chunk)
-    weights = jax.lax.dynamic_slice_in_dim(head, begin, chunk, axis=1)
-    z = jnp.matmul(hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32) * scale
+    weights = jax.lax.dynamic_slice_in_dim(head, begin, chunk, axis=1).astype(hidden.dtype)
+    weights = gather(weights, WEIGHTS, 0)
+    z = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32) * scale
     ids = begin + jnp.arange(chunk)
     if v % chunk:
         z = jnp.where(ids >= start, z, MASKED)
@@ -121,6 +130,10 @@ def _forward(
         sums, _ = body(sums, jnp.int32(0))
     else:
         sums, _ = jax.lax.scan(body, sums, jnp.arange(0, v, chunk))
+    top = highest(sums.top, TENSOR)
+    share = jnp.exp(sums.top - top)
+    parts = jnp.stack([sums.mass * share, sums.moment * share, sums.target])
+    sums = _Sums(top, *total(parts, TENSOR))
     lse = sums.top + jnp.log(sums.mass)
     mean = sums.moment / sums.mass
     return (sums.target - lse, lse - mean), (hidden, head, targets, scale, lse, mean)
@@ -143,8 +156,10 @@ def _backward(
         if v % chunk:  # a target that an earlier chunk has counted
             dz = jnp.where(ids >= start, dz, 0.0)
         dz = (dz * scale).astype(hidden.dtype)
-        d_hidden += jnp.matmul(dz, weights.T.astype(dz.dtype), preferred_element_type=jnp.float32)
+        d_hidden += jnp.matmul(dz, weights.T, preferred_element_type=jnp.float32)
         part = jnp.matmul(hidden.T, dz, preferred_element_type=jnp.float32)
+        if here(WEIGHTS):
+            part = scatter_sum(part.astype(hidden.dtype), WEIGHTS, 0).astype(jnp.float32)
         if chunk == v:
             return (d_hidden, part), None
         begin = jnp.minimum(start, v - chunk)

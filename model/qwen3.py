@@ -8,6 +8,11 @@ V vocabulary, L layers, S cache length. Norms, RoPE and softmax run in float32, 
 ``config.dtype``. Layers are stacked along a leading axis and looped with ``lax.scan`` (or
 unrolled, ``config.scan_layers``); parameters declare logical axes, ``model/sharding.py`` maps them.
 
+On a mesh all of this is one device's part (``model/parallel.py``). Between the matrix products a
+device holds its own tokens of its own rows; the tensor group's tokens are gathered before the
+products that it shares and their parts summed and scattered after them. A matrix is gathered where
+it is used, in ``config.dtype``, and again in the backward pass.
+
 Outside a module parameters are a plain nested dict of arrays (``init``, ``bind``): what the
 optimizer, the checkpoints and the snapshots hold.
 """
@@ -22,10 +27,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import attend, attend_cached
+from model.attention import SAVED, attend, attend_cached
 from model.config import Qwen3Config
 from model.moe import Experts, mixture
+from model.parallel import TENSOR, WEIGHTS, exchange, gather, here, index, own, scatter_sum
 from model.rope import rope, rope_tables
 
 Params = dict[
@@ -125,29 +132,60 @@ class Block(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """x [B, T, D] to the same; ``attention`` takes q [B,T,H,hd], k and v [B,T,K,hd]."""
-        c, (b, t, _) = self.config, x.shape
-        h = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
+        """x [B, t, D] to the same; ``attention`` takes q [B,T,H,hd], k and v [B,T,K,hd].
+
+        t are this device's tokens, T those of its tensor group, H and K this device's heads.
+        """
+        c = self.config
+        h = gather(rms_norm(x, self.attn_norm[...], c.rms_norm_eps), TENSOR, 1)
+        b, t, _ = h.shape
         q, k, v = (self._project(h, name).reshape(b, t, -1, c.head_dim) for name in "qkv")
         q = rope(rms_norm(q, self.q_norm[...], c.rms_norm_eps), *rotation)
         k = rope(rms_norm(k, self.k_norm[...], c.rms_norm_eps), *rotation)
-        x = x + self._project(attention(q, k, v), "o")
-        h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
+        x = x + self._join(attention(q, k, v), "o")
+        h = gather(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps), TENSOR, 1)
         if c.num_experts:
-            experts = Experts(self.router[...], self.gate[...], self.up[...], self.down[...])
-            return x + mixture(h, experts, c.num_experts_per_tok, c.norm_topk_prob)
+            experts = Experts(*(self._weight(name, h.dtype) for name in Experts._fields))
+            h = mixture(h, experts, c.num_experts_per_tok, c.norm_topk_prob)
+            return x + scatter_sum(h, TENSOR, 1)
         h = jax.nn.silu(self._project(h, "gate")) * self._project(h, "up")
-        return x + self._project(h, "down")
+        return x + self._join(h, "down")
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         """x times the matrix called ``name``, with its bias and its adapter where there are any."""
-        y = dense(x, getattr(self, name)[...])
+        y = self._product(x, name)
         if hasattr(self, f"{name}_bias"):
             y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
-        if self.config.lora and name in self.config.lora.targets:
-            low = dense(x, getattr(self, f"{name}_lora_a")[...])
-            y = y + dense(low, getattr(self, f"{name}_lora_b")[...]) * self.config.lora.scale
         return y
+
+    def _join(self, x: jax.Array, name: str) -> jax.Array:
+        """The same for a matrix whose rows are split: the tensor group's sum, for own tokens."""
+        y = scatter_sum(self._product(x, name), TENSOR, 1)
+        if hasattr(self, f"{name}_bias"):
+            y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
+        return y
+
+    def _product(self, x: jax.Array, name: str) -> jax.Array:
+        y = dense(x, self._weight(name, x.dtype))
+        if self.config.lora and name in self.config.lora.targets:
+            low = dense(x, self._weight(f"{name}_lora_a", x.dtype))
+            high = dense(low, self._weight(f"{name}_lora_b", x.dtype))
+            y = y + high * self.config.lora.scale
+        return y
+
+    def _weight(self, name: str, dtype: Any) -> jax.Array:
+        """A matrix as the products take it: whole along ``embed``."""
+        param = getattr(self, name)
+        axes = param.get_metadata("axes")
+        if not here(WEIGHTS) or "embed" not in axes:
+            return param[...]
+        whole = gather(param[...].astype(dtype), WEIGHTS, axes.index("embed"))
+        return checkpoint_name(whole, GATHERED)
+
+
+# What remat policies call by name.
+GATHERED = "gathered"  # a weight made whole: never kept for the backward pass
+LAYER_INPUT = "layer_input"
 
 
 class Qwen3(nnx.Module):
@@ -171,6 +209,22 @@ class Qwen3(nnx.Module):
         """The output projection [D, V]: logits are ``hidden @ head()``."""
         return self.embed[...].T if self.config.tie_word_embeddings else self.lm_head[...]
 
+    def _lookup(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings [B, t, D] of this device's tokens [B, t], in ``config.dtype``.
+
+        On a mesh the ids travel, not the table: each device looks up its part, of the vocabulary
+        and of the channels, for all who share the table, and sends every one its own.
+        """
+        table, dtype = self.embed[...], self.config.dtype
+        if not here((*WEIGHTS, TENSOR)):
+            return table[tokens].astype(dtype)
+        ids = gather(gather(tokens[None, None], TENSOR, 1), WEIGHTS, 0)  # [weights, tensor, B, t]
+        ids = ids - index(TENSOR) * table.shape[0]
+        inside = (ids >= 0) & (ids < table.shape[0])
+        part = jnp.where(inside[..., None], table[jnp.where(inside, ids, 0)].astype(dtype), 0)
+        part = scatter_sum(part, TENSOR, 1)[:, 0]  # [weights, B, t, D / weights]
+        return exchange(part, WEIGHTS, 0, 3)[0]
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -190,16 +244,18 @@ class Qwen3(nnx.Module):
                 output is meaningless.
             rows: [B] int32, the cache row of each row; None: row i of the cache is row i.
 
+        On a mesh B and T are this device's rows and its part of ``context``; no cache.
+
         Returns (hidden [B, T, D] in ``config.dtype``, the updated cache or None).
         """
         c = self.config
-        x = self.embed[...][tokens].astype(c.dtype)
+        x = self._lookup(own(tokens, TENSOR, 1))
         rotation = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         if cache is None:
             x = self._layers(x, rotation, segments)
         else:
             x, cache = self._cached_layers(x, rotation, positions, cache, rows)
-        return rms_norm(x, self.norm[...], c.rms_norm_eps), cache
+        return gather(rms_norm(x, self.norm[...], c.rms_norm_eps), TENSOR, 1), cache
 
     def _layers(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], segments: jax.Array | None
@@ -209,6 +265,7 @@ class Qwen3(nnx.Module):
 
         def layer(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
             block = nnx.merge(graph, state)
+            x = checkpoint_name(x, LAYER_INPUT)
             return block(x, rotation, lambda q, k, v: attend(q, k, v, segments, c.attention)), None
 
         layer = _remat(layer, c.remat)
@@ -350,8 +407,30 @@ dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _remat(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """What the backward pass recomputes: nothing, all but the matmuls, or the whole layer."""
+    """What is kept of a layer for the backward pass; the rest of it is computed again.
+
+    none: everything, but for weights gathered from other devices
+    dots: the results of products with weights
+    attention: what attention needs to be differentiated
+    full: the layer's input alone
+    offload: the same, in the host's memory
+    """
+    keep = jax.checkpoint_policies
     if policy == "none":
-        return layer
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+        if not here(WEIGHTS):
+            return layer
+        saved: Any = keep.save_anything_except_these_names(GATHERED)
+    elif policy == "dots":
+        saved = keep.dots_with_no_batch_dims_saveable
+    elif policy == "attention":
+        saved = keep.save_only_these_names(*SAVED)
+    elif policy == "offload":
+        saved = keep.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        saved = None
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)

@@ -25,10 +25,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from configs.errors import InputError
-from model.attention import MASKED
+from model.attention import MASKED, SAVED
 
 AXIS = "context"
 BLOCK = 256  # queries that a device works on at once
@@ -141,8 +142,9 @@ def _ring_forward(
 
     carry = _pass_on(*keys), early, late
     _, early, late = jax.lax.fori_loop(1, jax.lax.axis_size(AXIS), step, carry)
-    out = jnp.stack([early[0], late[0]]).astype(q.dtype)
-    return out, (q, k, v, segments, out, jnp.stack([early[1], late[1]]))
+    out = checkpoint_name(jnp.stack([early[0], late[0]]).astype(q.dtype), *SAVED)
+    lse = checkpoint_name(jnp.stack([early[1], late[1]]), *SAVED)
+    return out, (q, k, v, segments, out, lse)
 
 
 def _ring_backward(

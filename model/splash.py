@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from model.attention import platform
+from model.attention import SAVED, platform
 
 LANES = 128  # a TPU register's width: the kernel takes sequences in multiples of it
 BLOCK = 512  # rows and columns of a tile
@@ -24,9 +24,9 @@ def splash_attend(
 ) -> jax.Array:
     """``attend(..., impl="splash")``: same shapes and dtypes, any T and hd.
 
-    The kernel sees one device's rows and heads and cannot be partitioned by the compiler. On a mesh
-    call it on local shards under ``jax.shard_map(..., check_vma=False)``: its outputs do not say
-    over which mesh axes they vary.
+    The kernel sees one device's rows and heads and cannot be partitioned by the compiler, so on a
+    mesh it needs a ``jax.shard_map(..., check_vma=False)`` around it, as the learner's is: its
+    outputs do not say over which mesh axes they vary.
 
     On a CPU the kernel is interpreted, which is slow: for tests.
     """
@@ -53,7 +53,8 @@ def splash_attend(
     )
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * h)
     kernel = splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu",
+        residual_checkpoint_name=SAVED[0],
     )
     out = jax.vmap(kernel)(q, k, v, ids)  # one row: [H, T, hd] over [K, T, hd]
     return out.swapaxes(1, 2)[:, :t].reshape(b, t, h * hd)

@@ -1,13 +1,15 @@
 """The one optimisation step of SFT and RL: accumulate gradients over microbatches, then update.
 
-Shapes are static and the number of microbatches is a Python loop, so two programs are compiled
-once and serve batches of any size. The loss is a sum over tokens divided by a denominator of the
-*whole* batch, so that cutting it into other microbatches, or spreading it over other devices,
-changes nothing but rounding.
+One compiled program, on any mesh: each device computes the gradients of its own rows, tokens and
+parts of the matrices (``model/parallel.py``), a loop adds those of the microbatches, and what a
+parameter's replicas have found is summed once, at the end. The loss is a sum over tokens divided by
+their number in the *whole* batch, so that cutting it into other microbatches, or spreading it over
+other devices, changes nothing but rounding.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,14 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from configs.errors import InputError
 from model.attention import check as check_attention
 from model.config import Qwen3Config
 from model.logprobs import token_logprobs
 from model.lora import join, split
-from model.qwen3 import Params, bind
+from model.parallel import AXES, CONTEXT, ROWS, total
+from model.qwen3 import Params, abstract, bind
+from model.sharding import check_mesh, param_specs
 from sft.packing import Rows
+
+BATCH = (*ROWS, CONTEXT)  # the mesh axes over which the targets of a batch are split
 
 # (logprob, entropy, rows) -> (loss summed over tokens, sums for the metrics)
 Loss = Callable[[jax.Array, jax.Array, Rows], tuple[jax.Array, dict[str, jax.Array]]]
@@ -70,9 +78,12 @@ class Learner:
     """Compiled programs for one model, one loss and one optimizer.
 
     Args:
-      mesh: rows of a microbatch are split over its `data` axis, parameters replicated; None for
-        one device.
+      mesh: as of ``model.sharding.make_mesh``; None for one device. Over several processes each
+        passes its own rows, and all the same number of microbatches.
       temperature: log-probabilities are of softmax(logits / temperature), as they were sampled.
+      offload: keep the optimizer's state in the hosts' memory between updates.
+
+    Raises InputError for a mesh that does not fit the model.
     """
 
     def __init__(
@@ -82,54 +93,111 @@ class Learner:
         loss: Loss,
         mesh: Mesh | None = None,
         temperature: float = 1.0,
+        *,
+        offload: bool = False,
     ) -> None:
         check_attention(config.attention)
-        self._optimizer = optimizer
-        self._whole = NamedSharding(mesh, PartitionSpec()) if mesh else None
-        self._split = NamedSharding(mesh, PartitionSpec("data")) if mesh else None
+        sizes = dict(mesh.shape) if mesh is not None else {}
+        check_mesh(config, sizes)
+        if sizes.get(CONTEXT, 1) > 1 and config.attention != "context":
+            raise InputError(
+                f"mesh: context {sizes[CONTEXT]} splits each row's tokens: set attention to "
+                f"context, not {config.attention}"
+            )
+        self._config, self._optimizer, self._mesh, self._offload = config, optimizer, mesh, offload
+        self._specs = param_specs(config, sizes)
+        self._longest = 1  # microbatches that the step was compiled for
 
         def forward(params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
+            """One device's part: log-probability and entropy of every target slot."""
             model = bind(config, params)
             hidden, _ = model(rows.tokens, rows.positions, rows.segments)
-            hidden = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
+            if rows.source is not None:
+                hidden = jnp.take_along_axis(hidden, rows.source[..., None], axis=1)
             flat = hidden.reshape(-1, hidden.shape[-1])
             logprob, entropy = token_logprobs(
                 flat, model.head(), rows.target.reshape(-1), temperature=temperature
             )
             return logprob.reshape(rows.target.shape), entropy.reshape(rows.target.shape)
 
-        def accumulate(
-            params: Params, total: Any, rows: Rows, denominator: jax.Array
-        ) -> tuple[Any, dict[str, jax.Array]]:
+        def gradients(
+            params: Params, rows: Rows, number: jax.Array
+        ) -> tuple[Params, dict[str, jax.Array]]:
+            """Of the mean loss over the first ``number`` microbatches of rows [M, rows, ...]."""
             trained, frozen = split(params)
 
-            def objective(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-                value, sums = loss(*forward(join(trained, frozen), rows), rows)
-                return value / denominator, {"loss": value, **sums}
+            def one(i: jax.Array | int) -> tuple[Params, dict[str, jax.Array]]:
+                batch = jax.tree.map(lambda a: a[i], rows)
 
-            grads, sums = jax.grad(objective, has_aux=True)(trained)
-            return jax.tree.map(jnp.add, total, grads), sums
+                def objective(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+                    value, sums = loss(*forward(join(trained, frozen), batch), batch)
+                    return value, {"loss": value, **sums}
 
-        def update(state: TrainState, grads: Any) -> tuple[TrainState, jax.Array]:
+                return jax.grad(objective, has_aux=True)(trained)
+
+            if len(rows.tokens) == 1:
+                grads, sums = one(0)
+            else:
+
+                def add(i: jax.Array, sofar: Any) -> Any:
+                    return jax.tree.map(jnp.add, sofar, one(i))
+
+                zeros = jax.tree.map(
+                    lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, 0)
+                )
+                grads, sums = jax.lax.fori_loop(0, number, add, zeros)
+            tokens = total(rows.weight.sum(), BATCH)
+            scale = 1.0 / jnp.maximum(tokens, 1.0)
+
+            def whole(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+                replicas = tuple(a for a in AXES if a not in jax.tree.leaves(tuple(spec)))
+                return total(grad, replicas) * scale
+
+            grads = jax.tree.map(whole, grads, split(self._specs)[0])
+            return grads, {k: total(v, BATCH) * scale for k, v in sums.items()}
+
+        def step(
+            state: TrainState, rows: Rows, number: jax.Array
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
             trained, frozen = split(state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            mapped = self._map(
+                gradients,
+                (self._specs, _row_specs(rows, ahead=1), PartitionSpec()),
+                (split(self._specs)[0], PartitionSpec()),
+            )
+            grads, metrics = mapped(state.params, rows, number)
+            opt_state = state.opt_state
+            if offload:
+                opt_state = jax.device_put(opt_state, self._layout("device").opt_state)
+            updates, opt_state = optimizer.update(grads, opt_state, trained)
             params = join(optax.apply_updates(trained, updates), frozen)
-            return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
+            metrics["grad_norm"] = optax.tree.norm(grads)
+            return TrainState(params, opt_state, state.step + 1), metrics
 
-        self._forward = jax.jit(forward)
-        self._accumulate = jax.jit(accumulate, donate_argnums=1)
-        self._update = jax.jit(update, donate_argnums=0)
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, split(params)[0]))
+        def logprobs(params: Params, rows: Rows) -> jax.Array:
+            specs = _row_specs(rows)
+            return self._map(forward, (self._specs, specs), (specs.target,) * 2)(params, rows)[0]
+
+        def init(params: Params) -> TrainState:
+            params = jax.tree.map(jnp.copy, params)
+            return TrainState(params, optimizer.init(split(params)[0]), jnp.zeros((), jnp.int32))
+
+        out = (self._layout(), None) if mesh is not None else None
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=out)
+        self._logprobs = jax.jit(logprobs)
+        self._init = jax.jit(init, out_shardings=out and out[0])
 
     def init(self, params: Params) -> TrainState:
         """A fresh state at step 0, which owns a copy of `params`."""
-        opt_state = self._optimizer.init(split(params)[0])
-        state = TrainState(params, opt_state, jnp.zeros((), jnp.int32))
-        return self.place(jax.tree.map(lambda a: jnp.array(a, copy=True), state))
+        return self._init(self.place_params(params))
 
     def place(self, state: TrainState) -> TrainState:
         """Lay a state (from a checkpoint, say) out on the mesh."""
-        return state if self._whole is None else jax.device_put(state, self._whole)
+        return state if self._mesh is None else jax.device_put(state, self._layout())
+
+    def place_params(self, params: Params) -> Params:
+        """The same for parameters alone."""
+        return params if self._mesh is None else jax.device_put(params, self._layout().params)
 
     def step(
         self, state: TrainState, batches: Sequence[Rows]
@@ -138,22 +206,83 @@ class Learner:
 
         Returns the new state and metrics: means per loss token, and `grad_norm`.
         """
-        denominator = np.float32(max(sum(float(b.weight.sum()) for b in batches), 1.0))
-        grads, totals = self._zeros(state.params), []
-        for rows in batches:
-            grads, sums = self._accumulate(state.params, grads, self._put(rows), denominator)
-            totals.append(sums)
-        state, norm = self._update(state, grads)
-        fetched = jax.device_get(totals)
-        metrics = {k: float(sum(t[k] for t in fetched) / denominator) for k in fetched[0]}
-        return state, {**metrics, "grad_norm": float(norm)}
+        # Compiled for a power of two of microbatches, of which the loop runs those that are there.
+        self._longest = max(self._longest, 1 << (len(batches) - 1).bit_length())
+        spare = [jax.tree.map(np.zeros_like, batches[0])] * (self._longest - len(batches))
+        rows = jax.tree.map(lambda *parts: np.stack(parts), *batches, *spare)
+        state, metrics = self._step(state, self._put(rows, ahead=1), np.int32(len(batches)))
+        return state, {k: float(v) for k, v in jax.device_get(metrics).items()}
 
     def logprobs(self, params: Params, rows: Rows) -> np.ndarray:
-        """Log-probabilities of the target slots under `params`, float32 [rows, targets]."""
-        return np.asarray(self._forward(params, self._put(rows))[0])
+        """Log-probabilities of the target slots under `params` as `place_params` gives them, float32
+        [rows, targets]."""
+        found = self._logprobs(params, self._put(rows))
+        if found.is_fully_addressable:
+            return np.asarray(found)
+        spec = _row_specs(rows).target
+        local = multihost_utils.global_array_to_host_local_array(found, self._mesh, spec)
+        return np.asarray(local)
 
-    def _put(self, rows: Rows) -> Rows:
-        return rows if self._split is None else jax.device_put(rows, self._split)
+    def lower(self, rows: Rows, batches: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """The step over `batches` microbatches and the log-probabilities of one, to compile ahead
+        of time. `rows`: shapes of one microbatch over all devices."""
+
+        def shapes(tree: Any, shardings: Any) -> Any:
+            return jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+            )
+
+        abstract_state = jax.eval_shape(self._init, abstract(self._config))
+        state = shapes(abstract_state, self._layout())
+        stacked = jax.tree.map(lambda a: np.broadcast_to(a, (batches, *a.shape)), rows)
+        many = shapes(stacked, self._rows_layout(stacked, ahead=1))
+        one = shapes(rows, self._rows_layout(rows))
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._step.lower(state, many, number), self._logprobs.lower(state.params, one)
+
+    def _map(self, fn: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
+        """``fn`` on every device of the mesh, each with its own part."""
+        if self._mesh is None:
+            return fn
+        return jax.shard_map(fn, mesh=self._mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+    def _layout(self, optimizer: str | None = None) -> TrainState:
+        """The shardings of a state; ``optimizer``: the kind of memory for the optimizer's."""
+        kind = optimizer or ("pinned_host" if self._offload else None)
+        assert self._mesh is not None
+        place = functools.partial(NamedSharding, self._mesh)
+        trained = split(abstract(self._config))[0]
+        opt_state = optax.tree.map_params(
+            self._optimizer,
+            lambda _, spec: place(spec, memory_kind=kind),
+            jax.eval_shape(self._optimizer.init, trained),
+            split(self._specs)[0],
+            transform_non_params=lambda _: place(PartitionSpec()),
+        )
+        return TrainState(jax.tree.map(place, self._specs), opt_state, place(PartitionSpec()))
+
+    def _rows_layout(self, rows: Rows, ahead: int = 0) -> Rows:
+        specs = _row_specs(rows, ahead)
+        return jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
+
+    def _put(self, rows: Rows, ahead: int = 0) -> Rows:
+        if self._mesh is None:
+            return rows
+        layout = self._rows_layout(rows, ahead)
+        if all(device.process_index == jax.process_index() for device in self._mesh.devices.flat):
+            return jax.device_put(rows, layout)
+        return jax.tree.map(
+            lambda s, a: jax.make_array_from_process_local_data(s, a), layout, rows
+        )
+
+
+def _row_specs(rows: Rows, ahead: int = 0) -> Rows:
+    """How rows, behind ``ahead`` axes that are whole, lie on a mesh."""
+    lead = (None,) * ahead
+    token, target = PartitionSpec(*lead, ROWS, CONTEXT), PartitionSpec(*lead, ROWS)
+    if rows.source is None:
+        return Rows(*[token] * 3, None, *[token] * 5)
+    return Rows(*[token] * 3, *[target] * 6)
 
 
 def nll(logprob: jax.Array, entropy: jax.Array, rows: Rows) -> tuple[jax.Array, dict]:

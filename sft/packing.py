@@ -2,7 +2,8 @@
 
 A row holds whole examples one behind the other; `segments` keeps attention inside each example and
 `positions` restarts with each. The tokens that carry loss are listed by index, so that the
-vocabulary projection is only ever computed where it is needed.
+vocabulary projection is only ever computed where it is needed. Where rows are cut along the sequence
+(`context`), or nearly every token is a target, there is a slot for each token instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from configs.errors import InputError
@@ -31,7 +33,8 @@ class Rows(NamedTuple):
     """Packed rows; NumPy arrays on the host, JAX arrays inside a compiled step.
 
     tokens, segments, positions: int32 [rows, length]; segment 0 is padding.
-    source: int32 [rows, targets]; index in the row of the token *before* each target.
+    source: int32 [rows, targets]; index in the row of the token *before* each target. None: slot i
+    is the target behind token i, and targets = length.
     target: int32 [rows, targets]; weight, advantage: float32 [rows, targets]; unused slots have
     weight 0. old_logprob, ref_logprob: float32 [rows, targets], when sampled and under the
     reference policy (0 where a run has none).
@@ -49,12 +52,12 @@ class Rows(NamedTuple):
 
     def select(self, rows: slice | np.ndarray) -> Rows:
         """Some of the rows, of every array."""
-        return Rows(*(array[rows] for array in self))
+        return Rows(*(None if array is None else array[rows] for array in self))
 
 
 def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
     """Best-fit decreasing bin packing of `examples` into rows of `length` tokens, each with at most
-    `targets` loss tokens. Deterministic; ties keep the given order.
+    `targets` loss tokens; 0: a slot for every token. Deterministic; ties keep the given order.
 
     Raises:
       InputError: an example does not fit a row.
@@ -64,7 +67,7 @@ def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     for i in order:
         tokens, wanted = len(examples[i].ids), _targets(examples[i])
-        if tokens > length or wanted > targets:
+        if tokens > length or wanted > (targets or length):
             raise InputError(
                 f"example {i} has {tokens} tokens, {wanted} with loss; a row holds {length}, "
                 f"{targets}: raise row_tokens or row_targets"
@@ -75,7 +78,7 @@ def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
         else:
             best = len(bins)
             bins.append([])
-            room.append((length, targets))
+            room.append((length, targets or length))
         bins[best].append(i)
         room[best] = (room[best][0] - tokens, room[best][1] - wanted)
     rows = empty_rows(len(bins), length, targets)
@@ -86,9 +89,10 @@ def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
 
 def empty_rows(count: int, length: int, targets: int) -> Rows:
     """Rows of nothing but padding: what fills up a last, short batch."""
-    shapes = [(count, length)] * 3 + [(count, targets)] * 6
+    shapes = [(count, length)] * 3 + [(count, targets or length)] * 6
     kinds = [np.int32] * 5 + [np.float32] * 4
-    return Rows(*(np.zeros(s, k) for s, k in zip(shapes, kinds, strict=True)))
+    rows = Rows(*(np.zeros(s, k) for s, k in zip(shapes, kinds, strict=True)))
+    return rows if targets else rows._replace(source=None)
 
 
 def microbatches(rows: Rows, size: int) -> list[Rows]:
@@ -98,8 +102,9 @@ def microbatches(rows: Rows, size: int) -> list[Rows]:
     """
     count = len(rows.tokens)
     short = -count % size if count else size
-    padding = empty_rows(short, rows.tokens.shape[1], rows.target.shape[1])
-    whole = Rows(*(np.concatenate(pair) for pair in zip(rows, padding, strict=True)))
+    targets = 0 if rows.source is None else rows.target.shape[1]
+    padding = empty_rows(short, rows.tokens.shape[1], targets)
+    whole = jax.tree.map(lambda *pair: np.concatenate(pair), rows, padding)
     return [whole.select(slice(start, start + size)) for start in range(0, count + short, size)]
 
 
@@ -117,7 +122,10 @@ def _fill(rows: Rows, row: int, examples: list[Example]) -> None:
         for i in range(1, n):  # nothing predicts the first token
             if not example.weight[i]:
                 continue
-            rows.source[row, slot] = at + i - 1
+            if rows.source is None:
+                slot = at + i - 1
+            else:
+                rows.source[row, slot] = at + i - 1
             rows.target[row, slot] = example.ids[i]
             rows.weight[row, slot] = example.weight[i]
             if example.advantage is not None:
