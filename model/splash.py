@@ -53,7 +53,11 @@ def splash_attend(
     )
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * h)
     kernel = splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu",
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=platform() == "cpu",
         residual_checkpoint_name=SAVED[0],
     )
     out = jax.vmap(kernel)(q, k, v, ids)  # one row: [H, T, hd] over [K, T, hd]

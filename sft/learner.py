@@ -142,9 +142,7 @@ class Learner:
                 def add(i: jax.Array, sofar: Any) -> Any:
                     return jax.tree.map(jnp.add, sofar, one(i))
 
-                zeros = jax.tree.map(
-                    lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, 0)
-                )
+                zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, 0))
                 grads, sums = jax.lax.fori_loop(0, number, add, zeros)
             tokens = total(rows.weight.sum(), BATCH)
             scale = 1.0 / jnp.maximum(tokens, 1.0)
@@ -214,11 +212,12 @@ class Learner:
         return state, {k: float(v) for k, v in jax.device_get(metrics).items()}
 
     def logprobs(self, params: Params, rows: Rows) -> np.ndarray:
-        """Log-probabilities of the target slots under `params` as `place_params` gives them, float32
-        [rows, targets]."""
+        """Log-probabilities of the target slots, float32 [rows, targets], under `params` as
+        `place_params` gives them."""
         found = self._logprobs(params, self._put(rows))
         if found.is_fully_addressable:
             return np.asarray(found)
+        assert self._mesh is not None
         spec = _row_specs(rows).target
         local = multihost_utils.global_array_to_host_local_array(found, self._mesh, spec)
         return np.asarray(local)
@@ -246,7 +245,7 @@ class Learner:
             return fn
         return jax.shard_map(fn, mesh=self._mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
-    def _layout(self, optimizer: str | None = None) -> TrainState:
+    def _layout(self, optimizer: str | None = None) -> Any:
         """The shardings of a state; ``optimizer``: the kind of memory for the optimizer's."""
         kind = optimizer or ("pinned_host" if self._offload else None)
         assert self._mesh is not None
@@ -259,11 +258,13 @@ class Learner:
             split(self._specs)[0],
             transform_non_params=lambda _: place(PartitionSpec()),
         )
-        return TrainState(jax.tree.map(place, self._specs), opt_state, place(PartitionSpec()))
+        step: Any = place(PartitionSpec())
+        return TrainState(jax.tree.map(place, self._specs), opt_state, step)
 
     def _rows_layout(self, rows: Rows, ahead: int = 0) -> Rows:
-        specs = _row_specs(rows, ahead)
-        return jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
+        assert self._mesh is not None
+        place = functools.partial(NamedSharding, self._mesh)
+        return jax.tree.map(place, _row_specs(rows, ahead))
 
     def _put(self, rows: Rows, ahead: int = 0) -> Rows:
         if self._mesh is None:
@@ -271,18 +272,15 @@ class Learner:
         layout = self._rows_layout(rows, ahead)
         if all(device.process_index == jax.process_index() for device in self._mesh.devices.flat):
             return jax.device_put(rows, layout)
-        return jax.tree.map(
-            lambda s, a: jax.make_array_from_process_local_data(s, a), layout, rows
-        )
+        return jax.tree.map(lambda s, a: jax.make_array_from_process_local_data(s, a), layout, rows)
 
 
 def _row_specs(rows: Rows, ahead: int = 0) -> Rows:
     """How rows, behind ``ahead`` axes that are whole, lie on a mesh."""
     lead = (None,) * ahead
     token, target = PartitionSpec(*lead, ROWS, CONTEXT), PartitionSpec(*lead, ROWS)
-    if rows.source is None:
-        return Rows(*[token] * 3, None, *[token] * 5)
-    return Rows(*[token] * 3, *[target] * 6)
+    per_target: list[Any] = [target] * 6 if rows.source is not None else [None, *[token] * 5]
+    return Rows(token, token, token, *per_target)
 
 
 def nll(logprob: jax.Array, entropy: jax.Array, rows: Rows) -> tuple[jax.Array, dict]:

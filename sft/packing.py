@@ -2,8 +2,8 @@
 
 A row holds whole examples one behind the other; `segments` keeps attention inside each example and
 `positions` restarts with each. The tokens that carry loss are listed by index, so that the
-vocabulary projection is only ever computed where it is needed. Where rows are cut along the sequence
-(`context`), or nearly every token is a target, there is a slot for each token instead.
+vocabulary projection is only ever computed where it is needed. Where rows are cut along the
+sequence (`context`), or nearly every token is a target, there is a slot for each token instead.
 """
 
 from __future__ import annotations

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -157,47 +154,3 @@ def test_init_is_a_function_of_the_seed(small, small_params):
     jax.tree.map(np.testing.assert_array_equal, init(small, 0), first)
     assert not np.array_equal(init(small, 1)["embed"], first["embed"])
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, small_params)
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from model.sharding import batch_sharding, make_mesh, param_shardings, simulate_devices
-simulate_devices(2)
-assert jax.device_count() == 2
-from conftest import SMALL as config, random_params
-from model.logprobs import token_logprobs
-from model.qwen3 import bind
-params = random_params(config, 0)
-ids = jax.random.randint(jax.random.key(0), (4, 64), 0, config.vocab_size)
-def loss(params, ids):
-    model = bind(config, params)
-    hidden, _ = model(ids, jnp.broadcast_to(jnp.arange(64), ids.shape), jnp.ones_like(ids))
-    flat = hidden[:, :-1].reshape(-1, config.hidden_size)
-    return token_logprobs(flat, model.head(), ids[:, 1:].reshape(-1))[0].mean()
-step = jax.jit(jax.value_and_grad(loss))
-value, grads = step(params, ids)
-for axes in ({"data": 2}, {"data": 1, "fsdp": 2}):
-    mesh = make_mesh(axes)
-    shardings = param_shardings(config, mesh)
-    placed = jax.device_put(params, shardings)
-    split = placed["layers"]["q"].addressable_shards[0].data.shape[1]
-    assert split == config.hidden_size // axes.get("fsdp", 1), (axes, split)
-    step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-    v, g = step(placed, jax.device_put(ids, batch_sharding(mesh)))
-    np.testing.assert_allclose(v, value, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), g, grads)
-print("ok")
-"""
-
-
-def test_sharded_equals_unsharded_on_two_devices():
-    """In a process of its own: the number of devices is fixed when JAX starts."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env={"PYTHONPATH": f"{here.parent.parent}:{here}", "JAX_PLATFORMS": "cpu", "HOME": "/tmp"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == "ok", done.stderr[-2000:]
