@@ -20,16 +20,19 @@ Bandwidth of a group of devices on the torus (https://jax-ml.github.io/scaling-b
 
 Gathers, scatters and reductions send at that rate. In an all-to-all each byte travels a quarter of
 the ring on average (a line: over its middle link): operand * c / 4 over the bandwidth of the
-dimension of c devices for which this is longest. A permute has one link in one direction.
+dimension of c devices for which this is longest. A permute takes as long as its busiest link, each
+message going along one dimension after the other, the shorter way round.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tools.plan.chips import GB, Chip, Slice
+from tools.plan.groups import Groups
 from tools.plan.hlo import Collective, Program
 from tools.plan.placement import Placement
 
@@ -101,8 +104,8 @@ def collective_s(row: Collective, place: Placement, on: Slice | Chip) -> float:
     if not isinstance(on, Slice):
         return row.sent / (chip.ici_gbs * GB)
     if row.kind == "collective-permute":
-        return row.sent / (chip.ici_gbs * GB)
-    links = [Links.of(group, place, on) for group in row.groups[:1]][0]
+        return row.sent * _busiest(row.groups, place, on) / (chip.ici_gbs * GB)
+    links = Links.of(row.groups[0], place, on)
     if row.kind in ("all-to-all", "ragged-all-to-all"):
         return row.bytes * links.farthest / (4 * chip.ici_gbs * GB)
     return row.sent / (links.total * chip.ici_gbs * GB)
@@ -131,6 +134,25 @@ class Links:
             ring = dim < len(on.shape) and (on.wraps(dim) and len(values) * stride == on.shape[dim])
             links[dim] = (2 if ring else 1) / stride
         return cls(sum(links.values()), max(extents[dim] / links[dim] for dim in links))
+
+
+def _busiest(pairs: Groups, place: Placement, on: Slice) -> int:
+    """Most messages that go over one link in one direction."""
+    load: Counter[tuple[tuple[int, ...], int, int]] = Counter()
+    for source, target in pairs:
+        at, goal = list(place.coords[source]), place.coords[target]
+        for dim in range(len(at)):
+            size = on.shape[dim] if dim < len(on.shape) else 0
+            ahead = goal[dim] - at[dim]
+            if size and on.wraps(dim) and abs(ahead) > size / 2:
+                ahead -= int(math.copysign(size, ahead))
+            step = 1 if ahead > 0 else -1
+            for _ in range(abs(ahead)):
+                load[tuple(at), dim, step] += 1
+                at[dim] += step
+                if size:
+                    at[dim] %= size
+    return max(load.values(), default=0)
 
 
 def _even(values: list[int]) -> bool:
