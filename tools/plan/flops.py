@@ -75,11 +75,10 @@ def per_token(config: Qwen3Config, length: int, segment: float | None = None) ->
     if config.num_experts:
         inner = config.num_experts_per_tok * config.moe_intermediate_size
     all_but_last = layer_parameters(config) - inner * d
-    value = config.num_key_value_heads * hd * d
     again = {
         "none": 0.0,
         "dots": attention,
-        "attention": 2.0 * layers * (all_but_last - value),  # from q and k before their norms on
+        "attention": 2.0 * layers * all_but_last,
         "full": 2.0 * layers * all_but_last + attention,
         "offload": 2.0 * layers * all_but_last + attention,
     }[config.remat]

@@ -14,8 +14,11 @@ def replica_groups(text: str, count: int) -> Groups:
 
     ``{{0,1},{2,3}}`` lists them, ``{}`` is one group of all, and ``[2,4]<=[4,2]T(1,0)`` cuts the
     devices 0, 1, …, laid out as [4, 2] and transposed, into 2 groups of 4
-    (https://openxla.org/xla/shardings, "iota tile assignment").
+    (https://openxla.org/xla/shardings, "iota tile assignment"). ``mesh['x'=2,'y'=4] {'y'}`` is a
+    group for each place along the axes that are not named; ``y:(2)2`` is the inner half of y.
     """
+    if text.startswith("mesh["):
+        return _mesh_groups(text)
     iota = re.fullmatch(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         dims = _ints(iota[3])
@@ -28,6 +31,31 @@ def replica_groups(text: str, count: int) -> Groups:
         raise ValueError(f"replica_groups in a notation that is not known here: {text[:200]}")
     listed = tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]*)\}", text[1:-1]))
     return listed or (tuple(range(count)),)
+
+
+def _mesh_groups(text: str) -> Groups:
+    """The groups of a mesh and some of its axes, or of parts of them."""
+    found = re.fullmatch(r"mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    axes = re.findall(r"'([^']+)'=(\d+)", found[1] if found else "")
+    named = re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", found[2] if found else "")
+    sizes = {name: int(size) for name, size in axes}
+    if not sizes or "device_ids" in text or any(name not in sizes for name, _, _ in named):
+        raise ValueError(f"replica_groups in a notation that is not known here: {text[:200]}")
+    dims: list[int] = []
+    inside: list[int] = []  # dimensions along which a group extends
+    for name, size in sizes.items():
+        cuts = {1, size}
+        parts = [(int(pre or 1), int(part or size)) for n, pre, part in named if n == name]
+        cuts.update(edge for pre, part in parts for edge in (pre, pre * part))
+        edges = sorted(cuts)
+        for low, high in zip(edges, edges[1:], strict=False):
+            if any(pre <= low and high <= pre * part for pre, part in parts):
+                inside.append(len(dims))
+            dims.append(high // low)
+    outside = [d for d in range(len(dims)) if d not in inside]
+    devices = np.arange(int(np.prod(dims))).reshape(dims).transpose([*outside, *inside])
+    length = int(np.prod([dims[d] for d in inside]))
+    return tuple(map(tuple, devices.reshape(-1, length).tolist()))
 
 
 def pairs(text: str) -> Groups:

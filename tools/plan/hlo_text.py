@@ -81,7 +81,7 @@ class Instruction:
         rest = self.attributes[match.end() :]
         if rest.startswith("{"):
             return rest[: _closing(rest, 0, "{", "}") + 1]
-        word = re.match(r'"[^"]*"|\S+?(?=,\s|\s|$)', rest)
+        word = _WORD.match(rest)
         return word[0] if word else ""
 
     def calls(self, key: str) -> list[str]:
@@ -164,6 +164,8 @@ def called(instruction: Instruction) -> list[str]:
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
+_WORD = re.compile(r'"[^"]*"|mesh\[[^\]]*\] \{[^}]*\}|\S+?(?=,\s|\s|$)')
+_END = re.compile(r"^\}(, execution_thread=|$)")  # there are threads of the SparseCores
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -182,7 +184,7 @@ def read(text: str) -> Module:
                 current = Computation(header[2])
                 computations[current.name] = current
                 entry = current.name if header[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif match := _LINE.match(line):
             instruction = _instruction(match[2], line[match.end() :])
@@ -203,7 +205,7 @@ def _whole_lines(text: str) -> Iterator[str]:
     """Lines, an instruction's continuation joined to it: kernel metadata holds line breaks."""
     pending: str | None = None
     for line in text.splitlines():
-        if pending is not None and line and line != "}" and not _LINE.match(line):
+        if pending is not None and line and not (_END.match(line) or _LINE.match(line)):
             pending += line
             continue
         if pending is not None:

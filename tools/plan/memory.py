@@ -66,10 +66,12 @@ def estimate(
         moments       2 p · bytes of moment_dtype; none here where they are offloaded
         gradients     p · bytes of param_dtype, twice where microbatches are added up
         saved         L · (what remat keeps of a layer)
-        layer         what one layer keeps without remat, and as much again for its gradients
-        gathered      one layer's matrices in the compute dtype over tensor, twice: the next layer's
-                      are on their way
+        layer         one layer at work in the backward pass: all that it has computed, and the
+                      gradients of its widest part
+        gathered      one layer's matrices, whole but for tensor, in the compute dtype
         logits        3 t · chunk in float32: logits, probabilities, their gradient
+
+    At the fullest moment there are gradients, saved, and the larger of logits and layer + gathered.
 
     Args:
         mesh: devices by axis; ``slice`` and ``data`` split rows only.
@@ -81,7 +83,8 @@ def estimate(
     stored, wide = BYTES[config.param_dtype], BYTES[config.dtype]
     moments = 2 * mine * BYTES[moment_dtype or config.param_dtype]
     tokens = rows * length / context
-    working = tokens * _layer_width(config, "none", tensor, wide)
+    everything = _layer_width(config, "none", tensor, wide)
+    inner = _inner(config) / tensor
     chunk = min(CHUNK, config.vocab_size // tensor)
     parts = {
         "params": mine * stored,
@@ -90,8 +93,8 @@ def estimate(
         "saved": config.num_hidden_layers
         * tokens
         * _layer_width(config, config.remat, tensor, wide),
-        "layer": 0.0 if config.remat == "none" else 2 * working,
-        "gathered": 2 * _matrices(config) / tensor * wide if shared > tensor else 0.0,
+        "layer": tokens * (everything + wide * (2 * inner + config.hidden_size)),
+        "gathered": _matrices(config) / tensor * wide if shared > tensor else 0.0,
         "logits": 3 * tokens * chunk * 4,
     }
     arguments = parts["params"] + parts["moments"]
@@ -99,7 +102,9 @@ def estimate(
         arguments=arguments,
         outputs=arguments,
         aliased=arguments,  # the state is donated
-        temporaries=sum(parts.values()) - arguments,
+        temporaries=parts["gradients"]
+        + parts["saved"]
+        + max(parts["logits"], parts["layer"] + parts["gathered"]),
         host=moments if offload else 0.0,
         parts=parts,
     )
@@ -113,9 +118,7 @@ def _layer_width(config: Qwen3Config, remat: str, tensor: int, wide: int) -> flo
     d, hd = config.hidden_size, config.head_dim
     q = config.num_attention_heads * hd / tensor
     kv = config.num_key_value_heads * hd / tensor
-    inner = config.intermediate_size / tensor
-    if config.num_experts:
-        inner = config.num_experts_per_tok * config.moe_intermediate_size / tensor
+    inner = _inner(config) / tensor
     stream = d / tensor
     normalisers = 4 * config.num_attention_heads / tensor  # log-sum-exp, float32
     if remat == "offload":
@@ -123,13 +126,20 @@ def _layer_width(config: Qwen3Config, remat: str, tensor: int, wide: int) -> flo
     if remat == "full":
         return stream * wide
     if remat == "attention":
-        return (stream + 2 * q + 2 * kv) * wide + normalisers
+        return (stream + q) * wide + normalisers
     if remat == "dots":
         # the product with Wo is a partial sum for all tokens of the tensor group
         return (stream + q + 2 * kv + d + 2 * inner) * wide
     # the residual stream twice, both inputs of products, q and k before and after their norm and
     # turned, v, attention's result, and gate, up, silu(gate) and their product
     return (2 * stream + 2 * d + 4 * q + 4 * kv + 4 * inner) * wide + normalisers
+
+
+def _inner(config: Qwen3Config) -> int:
+    """Hidden units that a token has in the MLP."""
+    if config.num_experts:
+        return config.num_experts_per_tok * config.moe_intermediate_size
+    return config.intermediate_size
 
 
 def _matrices(config: Qwen3Config) -> float:

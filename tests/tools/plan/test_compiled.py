@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from configs.errors import InputError
 from model.splash import splash_attend
 from tools.plan.chips import parse
+from tools.plan.compiling import compile_to_text
 from tools.plan.hlo import Program, analyse
 from tools.plan.topology import devices, placement
 
@@ -39,7 +40,7 @@ def count(function, on: Mesh, name: str, *arguments: tuple, **options) -> Progra
         for shape, spec, *dtype in arguments
     ]
     with jax.set_mesh(on):
-        text = jax.jit(function).lower(*shapes).compile().as_text()
+        _, text = compile_to_text(jax.jit(function).lower(*shapes))
     return analyse(text, placement(on, parse(name)), **options)
 
 

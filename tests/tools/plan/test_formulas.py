@@ -77,8 +77,13 @@ def test_memory_of_a_step():
     assert found.arguments / GIB == pytest.approx(5.72, abs=0.03)  # the compiler says 5.73
     assert found.parts["gradients"] == 4 * config.num_parameters / 64
     assert found.parts["saved"] == 64 * 4096 * (5120 / 4) * 2
-    assert found.parts["gathered"] == 2 * layer_parameters(config) / 4 * 2
+    assert found.parts["gathered"] == layer_parameters(config) / 4 * 2
     assert found.parts["logits"] == 3 * 4096 * 8192 * 4
+    parts = found.parts
+    assert parts["logits"] < parts["layer"] + parts["gathered"]
+    assert found.temporaries == pytest.approx(
+        sum(parts.values()) - found.arguments - parts["logits"]
+    )
     assert found.total == found.arguments + found.temporaries
 
 

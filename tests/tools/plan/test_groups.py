@@ -25,6 +25,17 @@ def test_iota_groups():
 def test_an_unknown_notation_is_no_guess():
     with pytest.raises(ValueError, match="not known here"):
         replica_groups("@mesh<a=2,b=4>{a}", 8)
+    with pytest.raises(ValueError, match="not known here"):
+        replica_groups("mesh['a'=2,'b'=2, device_ids=([2,2]T(1,0))] {'a'}", 4)
+
+
+def test_groups_by_axes_of_a_mesh():
+    assert replica_groups("mesh['x'=2,'y'=4] {'y'}", 8) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert replica_groups("mesh['x'=2,'y'=4] {'x'}", 8) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    (everyone,) = replica_groups("mesh['x'=2,'y'=4] {'y','x'}", 8)
+    assert sorted(everyone) == list(range(8))
+    assert replica_groups("mesh['x'=2,'y'=4] {'y':(2)2}", 8) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert replica_groups("mesh['x'=2,'y'=4] {y:(1)2}", 8) == ((0, 2), (1, 3), (4, 6), (5, 7))
 
 
 def test_pairs_leave_out_those_who_talk_to_themselves():
