@@ -26,7 +26,13 @@ from tools.plan.convolution import flops as convolution_flops
 from tools.plan.groups import Groups, megascale_target, pairs, replica_groups
 from tools.plan.hlo_text import Computation, Instruction, Module, called, read
 from tools.plan.placement import Placement
-from tools.plan.traffic import COLLECTIVES, hbm_bytes, passes_by, starts_collective
+from tools.plan.traffic import (
+    COLLECTIVES,
+    hbm_bytes,
+    on_sparsecore,
+    passes_by,
+    starts_collective,
+)
 from tools.plan.trips import trips
 
 
@@ -159,8 +165,9 @@ class _Walk:
             elif row := self._collective(where, instruction):
                 total.take(row)
             else:
+                inside_one = fused or op == "fusion" or on_sparsecore(instruction)
                 for part in called(instruction):
-                    total.add(self.cost(part, fused or op == "fusion"))
+                    total.add(self.cost(part, inside_one))
             if not fused:
                 total.hbm += hbm_bytes(self.module, where, instruction)
         return total
@@ -199,7 +206,9 @@ class _Walk:
             return self._between_slices(where, instruction)
         if kind not in COLLECTIVES:
             return None
-        if passes_by(instruction) and not any(map(starts_collective, where)):
+        if passes_by(instruction) and not any(
+            map(starts_collective, where.users[instruction.name])
+        ):
             return None  # counted in the fusion that starts it
         operands = [array for name in instruction.operands for array in where[name].arrays]
         results = instruction.arrays
@@ -210,6 +219,13 @@ class _Walk:
         size = max(sum(array.bytes for array in arrays) for arrays in (operands, results))
         key = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
         groups = self.groups(key, instruction.attribute(key) or "{}")
+        if not groups:
+            return None  # a permute in which nobody sends to another
+        if kind == "all-reduce" and "gather" in instruction.op_name.rpartition("/")[2]:
+            self.notes[
+                f"{stem(instruction.op_name)}: the compiler made this gather an all-reduce of "
+                "arrays that are zero elsewhere: twice the bytes, on more links at once"
+            ] = None
         return self._row(kind, operands[0].dtype, size, groups, instruction.op_name)
 
     def _between_slices(self, where: Computation, send: Instruction) -> Collective | None:
@@ -232,7 +248,7 @@ class _Walk:
     def _row(self, kind: str, dtype: str, size: float, groups: Groups, op: str) -> Collective:
         permute = kind == "collective-permute"
         devices = max(map(len, groups), default=1)
-        sent = size * _SENT[kind](devices) if groups else 0.0
+        sent = size * _SENT[kind](devices)
         if permute and self.placement:
             devices = self.placement.along(self.axes(groups))
         return Collective(

@@ -27,7 +27,7 @@ COLLECTIVES = (
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("add-dependency", "partition-id", "replica-id", "while", "conditional", "call"),
-    *("optimization-barrier", "domain", "async-start"),
+    *("optimization-barrier", "domain"),
 }
 _FREE_TARGETS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "AllocateBuffer", "Sharding"}
 _PICKS = ("dynamic-slice", "slice", "gather")
@@ -48,6 +48,8 @@ def hbm_bytes(module: Module, where: Computation, instruction: Instruction) -> f
         if starts_collective(inside[inside.root]):
             return _in_hbm(operands[0].arrays) + _in_hbm(instruction.elements[1])
         return _read(module, inside, operands) + _written(module, inside, instruction.elements)
+    if op in ("async-start", "async-update"):
+        return _offloaded(operands, instruction)
     if op in ("send", "recv"):
         return _in_hbm(instruction.elements[0])
     if op in _PICKS:
@@ -60,6 +62,24 @@ def hbm_bytes(module: Module, where: Computation, instruction: Instruction) -> f
     if op.endswith("-start"):
         return _started(operands, instruction)
     return sum(_in_hbm(o.arrays) for o in operands) + _in_hbm(instruction.arrays)
+
+
+def _offloaded(operands: list[Instruction], instruction: Instruction) -> float:
+    """A gather by the SparseCores, which look up rows: as much is read as is written.
+
+    Its results are known where it starts, or where it is given its operands after that. Others are
+    counted in the computation that they run.
+    """
+    later = instruction.opcode == "async-update"
+    start = operands[0] if later else instruction
+    if not on_sparsecore(start) or (later and start.elements[1]):
+        return 0.0
+    return 2 * _in_hbm(instruction.elements[1])
+
+
+def on_sparsecore(instruction: Instruction) -> bool:
+    """Whether a computation is started on the SparseCores."""
+    return instruction.attribute("async_execution_thread") == '"sparsecore"'
 
 
 def _started(operands: list[Instruction], instruction: Instruction) -> float:

@@ -178,6 +178,21 @@ def test_collectives_hidden_behind_products_count_once():
     }
 
 
+def test_a_gather_over_a_whole_cube_becomes_an_all_reduce():
+    """XLA:TPU has gathers along one dimension of a torus, and reductions along three."""
+    on = mesh("v5p:4x4x4", fsdp=64)
+
+    def local(w):
+        return lax.all_gather(w, "fsdp", axis=0, tiled=True).sum(0)
+
+    run = jax.shard_map(local, mesh=on, in_specs=P("fsdp"), out_specs=P(), check_vma=False)
+    found = count(run, on, "v5p:4x4x4", ((5120, 8192), P("fsdp")))
+    (row,) = found.collectives
+    assert (row.kind, row.axes, row.op) == ("all-reduce", ("fsdp",), "all_gather")
+    assert row.sent == 2 * 63 / 64 * 5120 * 8192 * 2
+    assert ["made this gather an all-reduce" in note for note in found.notes] == [True]
+
+
 @pytest.mark.parametrize("length", [1024, 4096])
 def test_splash_attention(flat, length):
     """Tiles of 512 that reach the diagonal: two products forward, three for dq, four for dk, dv."""

@@ -108,6 +108,27 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     assert "block_q" in (kernel.attribute("frontend_attributes") or "")
 
 
+def test_a_gather_on_the_sparsecores():
+    """Another thread's computation ends otherwise, and rows looked up are not the whole table."""
+    text = """HloModule m
+
+%rows (t: f32[50000,128], i: s32[64]) -> f32[64,128] {
+  %t = f32[50000,128]{1,0:T(8,128)} parameter(0)
+  %i = s32[64]{0:T(128)} parameter(1)
+  ROOT %g = f32[64,128]{1,0:T(8,128)} custom-call(%t, %i), custom_call_target="TODO(b/1)"
+}, execution_thread="sparsecore"
+
+ENTRY %main (table: f32[50000,128], ids: s32[64]) -> f32[64,128] {
+  %table = f32[50000,128]{1,0:T(8,128)} parameter(0)
+  %ids = s32[64]{0:T(128)} parameter(1)
+  %start = ((), (), (s32[8]{0:S(2)})) async-start(), async_execution_thread="sparsecore", calls=%rows
+  %update = ((f32[50000,128]{1,0:T(8,128)}, s32[64]{0:T(128)}), f32[64,128]{1,0:T(8,128)}, (s32[8]{0:S(2)})) async-update(%start, %table, %ids)
+  ROOT %done = f32[64,128]{1,0:T(8,128)} async-done(%update)
+}
+"""  # noqa: E501
+    assert analyse(text).hbm_bytes == 2 * 64 * 128 * 4
+
+
 def test_what_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         read("hello")
