@@ -18,8 +18,8 @@ import time
 from typing import Any
 
 BEAT_S = 2.0
-LOST_S = 30.0  # without a beat
-JAX_LOST_S = 40  # of JAX's own heartbeat: only where ours found nothing
+LOST_S = 25.0  # without a beat
+JAX_LOST_S = 50  # of its own heartbeat: it takes two thirds of this at least, ours comes first
 LOST = 70  # exit code: EX_SOFTWARE of sysexits.h
 
 _ROOT = "remend/beat"
@@ -60,6 +60,7 @@ class Watch(threading.Thread):
     def fail(self, why: str, code: int) -> None:
         """Tell the others that this host ends with exit code `code`, and give them time to hear."""
         self._failed = why, code
+        on_abort("", code)  # host 0 may hear it, and go, before that time is over
         try:
             self._beat()
         except Exception:  # the store is gone, and with it who would hear
@@ -89,17 +90,19 @@ class Watch(threading.Thread):
                 self._leave(f"host {host} has failed: {why}", code)
         for host, (_, when) in self._last.items():
             if time.monotonic() - when > LOST_S:
-                self._leave(f"host {host} has given no sign of life for {LOST_S:.0f} s", LOST)
+                self._leave(f"no sign of host {host} for {LOST_S:.0f} s; {_RESUME}", LOST)
 
     def _leave(self, why: str, code: int) -> None:
-        if self._failed is None and not self._closed.is_set():
-            end(f"host {self._host} stops, {why}; {_RESUME}", code)
+        if self._failed is not None or self._closed.is_set():
+            return
+        _say(f"host {self._host} stops: {why}")
+        if self._host == 0:  # the store goes with it: let the others see for themselves first
+            time.sleep(2 * BEAT_S)
+        os._exit(code)  # whatever the other threads wait for
 
 
-def end(line: str, code: int) -> None:
-    """End this process now, whatever its other threads wait for, with one line on stderr."""
+def _say(line: str) -> None:
     os.write(2, f"remend: error: {line}\n".encode())
-    os._exit(code)
 
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -109,11 +112,22 @@ _handlers: list[Any] = []  # kept: C holds no reference
 def catch_abort(host: int) -> None:
     """Let an abort from within JAX end in one line of ours, and our exit code.
 
-    It comes when host 0 is gone (at once where its machine closes the connection), when hosts do
-    not meet at the start, or for a fault in JAX itself: the log before our line says which.
+    It comes when host 0 is gone, at once where its machine closes the connection, or for a fault in
+    JAX itself: the log before our line says which.
     """
     other = "another host" if host == 0 else "host 0"
-    line = f"host {host} stops, JAX has lost touch with {other} (its log is above); {_RESUME}"
+    line = f"host {host} stops: JAX has lost touch with {other} (its log is above); {_RESUME}"
+    on_abort(line, LOST)
+
+
+def on_abort(line: str, code: int) -> None:
+    """What an abort of this process is turned into: `line` on stderr, if any, and an exit code."""
+
+    def leave(_: int) -> None:
+        if line:
+            _say(line)
+        os._exit(code)
+
     # A handler in C's sense: Python's own would wait for the main thread, which may never return.
-    _handlers.append(_Handler(lambda _: end(line, LOST)))
+    _handlers.append(_Handler(leave))
     ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from configs.errors import InputError, Preempted
 from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
-from model.hosts import Share, agree, barrier, host_count, host_index, share_of
+from model.hosts import agree, barrier, host_count, host_index
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
+from model.share import Share, share_of, spread
 from rl.advantage import group_advantages
 from rl.credit import turn_credits
 from rl.loss import LossConfig, grpo_loss
@@ -116,6 +117,7 @@ async def train_rl(
     learner = Learner(model, config.optimizer.build(updates), loss, mesh, temperature)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "rl", best=config.keep_best, background=True)
+    params = spread(params, model, mesh)
     state = learner.init(params)
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:

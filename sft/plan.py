@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from configs.errors import InputError
-from model.hosts import Share
+from model.share import Share
 from sft.packing import Example, Rows, empty_rows, microbatches, pack
 
 Plan = list[list[int]]  # for each row, the examples in it

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from configs.errors import InputError, Preempted
 from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
-from model.hosts import share_of
 from model.preempt import noticed_by_any
 from model.qwen3 import Params
+from model.share import share_of, spread
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example
@@ -93,7 +93,7 @@ def train_sft(
     learner = Learner(model, config.optimizer.build(len(order)), nll, mesh)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "sft", background=True)
-    state = learner.init(params)
+    state = learner.init(spread(params, model, mesh))
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from configs.errors import InputError, Preempted
 
+START_S = 300  # between the first host's start and the last one's
+
 
 @dataclass(frozen=True)
 class HostSpec:
@@ -68,15 +70,16 @@ def together(hosts: HostSpec, work: Callable[[], int]) -> int:
     """
     from model.hosts import barrier, host_count, host_index, store
     from model.preempt import NOTICE, listen
-    from model.watch import Watch, catch_abort
+    from model.watch import LOST, Watch, catch_abort, on_abort
     from tools.cli import explain
 
     if hosts.count == 1:
         listen()
         return work()
     _keep_stdout()
-    catch_abort(hosts.index)
+    on_abort(f"the hosts have not all come within {START_S} s: start one on each", LOST)
     _start(hosts)
+    catch_abort(host_index())
     listen()
     watch = Watch(store(), host_index(), host_count(), NOTICE)
     watch.start()
@@ -110,7 +113,9 @@ def _start(hosts: HostSpec) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if not hosts.coordinator:
         try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=JAX_LOST_S)
+            jax.distributed.initialize(
+                initialization_timeout=START_S, heartbeat_timeout_seconds=JAX_LOST_S
+            )
         except ValueError as error:
             raise InputError(f"--hosts auto: JAX found no cluster here: {error}") from None
         return
@@ -121,6 +126,7 @@ def _start(hosts: HostSpec) -> None:
         hosts.count,
         hosts.index,
         cluster_detection_method="deactivate",
+        initialization_timeout=START_S,
         heartbeat_timeout_seconds=JAX_LOST_S,
     )
 
@@ -150,7 +156,10 @@ def _await_verdict(error: BaseException) -> None:
 
     from model.watch import BEAT_S, LOST_S
 
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes):
         time.sleep(LOST_S + 2 * BEAT_S)
 
 
