@@ -36,7 +36,7 @@ class Watch(threading.Thread):
     def __init__(self, store: Any, host: int, hosts: int, notice: threading.Event) -> None:
         super().__init__(name="watch", daemon=True)
         self._store, self._host, self._hosts, self._notice = store, host, hosts, notice
-        self._closed = threading.Event()
+        self._closed, self._spoken = threading.Event(), threading.Event()
         self._posting = threading.Lock()
         self._beats = 0
         self._failed: tuple[str, int] | None = None
@@ -56,6 +56,11 @@ class Watch(threading.Thread):
         """Stop watching: all hosts are done."""
         self._closed.set()
         self.join()
+
+    def await_verdict(self) -> None:
+        """Let it be found first whether another host is gone; if so, this does not return."""
+        if self._spoken.wait(LOST_S + 2 * BEAT_S):
+            time.sleep(LOST_S)
 
     def fail(self, why: str, code: int) -> None:
         """Tell the others that this host ends with exit code `code`, and give them time to hear."""
@@ -95,6 +100,7 @@ class Watch(threading.Thread):
     def _leave(self, why: str, code: int) -> None:
         if self._failed is not None or self._closed.is_set():
             return
+        self._spoken.set()
         _say(f"host {self._host} stops: {why}")
         if self._host == 0:  # the store goes with it: let the others see for themselves first
             time.sleep(2 * BEAT_S)

@@ -12,7 +12,6 @@ import argparse
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +89,8 @@ def together(hosts: HostSpec, work: Callable[[], int]) -> int:
             code = explain(stopped) or 0
         barrier("the end")
     except BaseException as error:
-        _await_verdict(error)
+        if _from_jax(error):
+            watch.await_verdict()
         known = explain(error)
         if known is None:
             traceback.print_exc()
@@ -149,18 +149,14 @@ def _keep_stdout() -> None:
     sys.stdout = os.fdopen(kept, "w")
 
 
-def _await_verdict(error: BaseException) -> None:
-    """Where JAX failed, let the watch say first whether another host is gone: a broken collective
-    is what this host sees of that."""
+def _from_jax(error: BaseException) -> bool:
+    """Whether it began in JAX: a broken collective is what a host sees of another one's end."""
     import jax
-
-    from model.watch import BEAT_S, LOST_S
 
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes):
-        time.sleep(LOST_S + 2 * BEAT_S)
+    return any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in causes)
 
 
 def _reason(error: BaseException) -> str:

@@ -41,12 +41,12 @@ CONFIG: dict[str, Any] = {
     "agent": {"max_turns": 4, "max_tokens": 512, "max_new_tokens": 64},
     "teach": {"tries": 4},
     "sft": {
-        "epochs": 6,
+        "epochs": 12,
         "batch_rows": 4,
         "microbatch_rows": 2,
         "row_tokens": 512,
         "row_targets": 256,
-        "checkpoint_every": 3,
+        "checkpoint_every": 6,
     },
     "rl": {
         "steps": 2,
