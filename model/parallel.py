@@ -7,8 +7,8 @@ place that can be read; there are no others. On an axis that the mesh does not h
 
 The derivative of a call is the collective that mathematics asks for when the objective is the sum
 over all devices of what each one computes: ``gather`` and ``scatter_sum`` are each other's. Both
-have an axis of their own for the devices, in front: XLA for TPUs turns some scatters of a part of an
-axis into a sum of everything and a slice, twice the bytes.
+have an axis of their own for the devices, in front: XLA for TPUs turns some scatters of a part of
+an axis into a sum of everything and a slice, twice the bytes.
 """
 
 from __future__ import annotations
