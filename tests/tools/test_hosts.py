@@ -34,7 +34,8 @@ class Site:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "REMEND_CACHE": str(folder / "cache"),
-            # every process here compiles the same programs
+            # every process here compiles the same programs, which takes most of its time
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
