@@ -47,7 +47,7 @@ def job(topology: str, **axes: int) -> Job:
         mesh=MeshConfig(topology=topology, **axes),
         rows=16 * MICROBATCHES,
         microbatch_rows=16,
-        tokens=2048,
+        tokens=4096 if "context" in axes else 1024,
         targets=0,
         optimizer=OptimizerConfig(),
     )
@@ -172,7 +172,7 @@ def test_fsdp_and_tensor(optimised):
 
 def test_fsdp_context_and_tensor(optimised):
     """Besides, keys and values travel around a ring; matrices are split over both axes."""
-    found = optimised(job("v5e:2x4", fsdp=2, context=2, tensor=2))
+    found = optimised(job("v5e:4x4", fsdp=2, context=4, tensor=2))
     both = "fsdp+context"
     assert table(found, chunks=2) == {
         (FORWARD, "all-gather", both): MATRICES,
@@ -184,15 +184,17 @@ def test_fsdp_context_and_tensor(optimised):
         (AGAIN, "reduce-scatter", "tensor"): 1,
         (BACKWARD, "all-gather", "tensor"): 2,
         (BACKWARD, "reduce-scatter", "tensor"): 2,
-        # of a ring of two: half of q, k and v to the other and half of the result back, so that
-        # both do the same work under the causal mask; k and v once around
-        (FORWARD, "collective-permute", "context"): 4 + 2,
-        # the same, with segment ids
-        (AGAIN, "collective-permute", "context"): 4 + 2 + 1,
-        # their derivatives; dk and dv around with the keys and then home
-        (BACKWARD, "collective-permute", "context"): 4 + 2 + 2,
-        # segment ids forward, once for all layers: balanced, then around
-        (ENDS, "collective-permute", "context"): 2,
+        # both halves of q, k, v and, back, of the result, so that all do the same work under the
+        # causal mask; k and v four times to the next, the last time for nothing
+        (FORWARD, "collective-permute", "context"): 8 + 8,
+        # the same, and segment ids around with them
+        (AGAIN, "collective-permute", "context"): 8 + 8 + 4,
+        # the derivatives of the halves; k, v and ids around (the first time was made above), and
+        # with them dk and dv, which then go home; two seams as on fsdp alone
+        (BACKWARD, "collective-permute", "context"): 8 + 6 + 3 + 8,
+        (BACKWARD, "collective-permute", both): 2,
+        # ids in the forward pass, once for all layers: both halves, then around
+        (ENDS, "collective-permute", "context"): 2 + 4,
         (HEAD, "all-gather", both): 1,
         (HEAD_BACKWARD, "all-gather", both): 1,
         (HEAD_BACKWARD, "reduce-scatter", both): 1,
@@ -237,7 +239,7 @@ def test_slices(optimised):
     [
         ("v5e:2x4", {"fsdp": 8}),
         ("v5e:2x4", {"fsdp": 4, "tensor": 2}),
-        ("v5e:2x4", {"fsdp": 2, "context": 2, "tensor": 2}),
+        ("v5e:4x4", {"fsdp": 2, "context": 4, "tensor": 2}),
         ("2xv5e:2x4", {"slice": 2, "fsdp": 8}),
     ],
 )
