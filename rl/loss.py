@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from sft.learner import Loss
+from sft.packing import Rows
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -69,3 +72,20 @@ def grpo_loss(
         "mismatch/mean": (weight * jnp.abs(log_ratio)).sum(),
     }
     return (weight * loss).sum(), sums
+
+
+def loss_of_rows(config: LossConfig) -> Loss:
+    """``grpo_loss`` as the learner calls it."""
+
+    def loss(logprob: jax.Array, entropy: jax.Array, rows: Rows) -> tuple[jax.Array, dict]:
+        return grpo_loss(
+            logprob,
+            entropy,
+            rows.weight,
+            rows.advantage,
+            rows.old_logprob,
+            rows.ref_logprob,
+            config,
+        )
+
+    return loss

@@ -27,7 +27,7 @@ from model.qwen3 import Params
 from model.share import Share, share_of, spread
 from rl.advantage import group_advantages
 from rl.credit import turn_credits
-from rl.loss import LossConfig, grpo_loss
+from rl.loss import LossConfig, loss_of_rows
 from rl.rollout import Episode
 from sandbox.task import Task
 from sft.learner import Learner, OptimizerConfig, TrainState
@@ -102,19 +102,9 @@ async def train_rl(
             "lower tasks_per_step or make more tasks"
         )
 
-    def loss(logprob: jax.Array, entropy: jax.Array, rows: Rows) -> tuple[jax.Array, dict]:
-        return grpo_loss(
-            logprob,
-            entropy,
-            rows.weight,
-            rows.advantage,
-            rows.old_logprob,
-            rows.ref_logprob,
-            config.loss,
-        )
-
     updates = config.steps * config.updates_per_step
-    learner = Learner(model, config.optimizer.build(updates), loss, mesh, temperature)
+    rule, loss = config.optimizer.build(updates), loss_of_rows(config.loss)
+    learner = Learner(model, rule, loss, mesh, temperature)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "rl", best=config.keep_best, background=True)
     params = spread(params, model, mesh)

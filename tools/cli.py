@@ -23,6 +23,7 @@ VERBS = {
     "convert": ("tools.checkpoints:convert", "checkpoints: Hugging Face, Orbax and MaxText"),
     "score": ("tools.checkpoints:score", "log-probabilities of token ids under a checkpoint"),
     "generate": ("tools.checkpoints:generate", "continue token ids under a checkpoint"),
+    "plan": ("tools.plan.cli", "what a run costs on a TPU slice, compiled ahead of time"),
     "report": ("tools.report", "write a run folder's report.html"),
     "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),
 }

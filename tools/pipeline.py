@@ -27,7 +27,7 @@ from model.hosts import barrier, exists, host_count, host_index
 from model.lora import Lora, add_adapters, merged
 from model.peft import save_peft
 from model.qwen3 import Params
-from model.sharding import data_mesh, simulate_devices
+from model.sharding import MeshConfig, make_mesh, simulate_devices
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
 from rl.rollout import Episode, run_episodes, run_to_file
@@ -109,14 +109,14 @@ class RunConfig:
 
     policy: "shipped", or a folder (Hugging Face, Orbax or MaxText) with the weights to start from
       and their tokenizer.
-    devices: devices of all hosts, which share each microbatch (data parallel).
+    mesh: how the devices of all hosts share the work of training.
     lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
     """
 
     policy: str = "shipped"
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    devices: int = 1
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     lora: Lora | None = None
     tasks: TaskConfig = field(default_factory=TaskConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -142,7 +142,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
         _check(config)
         keep_freed_memory()
-        simulate_devices(_devices_here(config.devices))
+        simulate_devices(_devices_here(config.mesh.devices))
         self.config, self.run, self.seed = config, run, seed
         self.start = load_policy(
             POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy),
@@ -173,7 +173,7 @@ class Pipeline:
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:
-        return data_mesh(self.config.devices) if self.config.devices > 1 else None
+        return make_mesh(self.config.mesh) if self.config.mesh.devices > 1 else None
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -341,7 +341,7 @@ def _devices_here(devices: int) -> int:
     """How many of a run's devices are this host's; a CPU pretends to have them."""
     hosts = host_count()
     if devices % hosts:
-        raise InputError(f"devices must be a multiple of the {hosts} hosts, got {devices}")
+        raise InputError(f"mesh: {devices} devices are no multiple of the {hosts} hosts")
     return devices // hosts
 
 

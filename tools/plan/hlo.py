@@ -248,7 +248,7 @@ class _Walk:
     def _row(self, kind: str, dtype: str, size: float, groups: Groups, op: str) -> Collective:
         permute = kind == "collective-permute"
         devices = max(map(len, groups), default=1)
-        sent = size * _SENT[kind](devices)
+        sent = size * SENT[kind](devices)
         if permute and self.placement:
             devices = self.placement.along(self.axes(groups))
         return Collective(
@@ -279,7 +279,7 @@ class _Walk:
         return self.placement.axes(groups) if self.placement else ()
 
 
-_SENT = {
+SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import Qwen3Config
-from tools.plan.flops import layer_parameters
+from model.logprobs import CHUNK, _even
+from tools.plan.flops import adapter_parameters, layer_parameters
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK = 8192  # vocabulary entries whose logits exist at a time, as in model/logprobs.py
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ def estimate(
     length: int,
     *,
     microbatches: int = 1,
+    targets: int = 0,
+    training: bool = True,
     moment_dtype: str = "",
     offload: bool = False,
 ) -> Memory:
-    """HBM of one device in a step of AdamW.
+    """HBM of one device in a step of AdamW, or in a computation of log-probabilities.
 
     With P parameters, w devices that share a matrix (fsdp · context · tensor), p = P / w,
     t = rows · length / context tokens and L layers:
@@ -65,6 +67,7 @@ def estimate(
         params        p · bytes of param_dtype; they are their own master copy
         moments       2 p · bytes of moment_dtype; none here where they are offloaded
         gradients     p · bytes of param_dtype, twice where microbatches are added up
+                      (moments and gradients: of the adapters alone, if there are any)
         saved         L · (what remat keeps of a layer)
         layer         one layer at work in the backward pass: all that it has computed, and the
                       gradients of its widest part
@@ -76,32 +79,40 @@ def estimate(
     Args:
         mesh: devices by axis; ``slice`` and ``data`` split rows only.
         rows, length: of one microbatch on this device; length is the whole row's, over context.
+        targets: slots of a row whose logits are computed; 0: one for each token.
+        training: the step; otherwise parameters and one pass forward.
     """
     tensor, context = mesh.get("tensor", 1), mesh.get("context", 1)
     shared = mesh.get("fsdp", 1) * context * tensor
     mine = config.num_parameters / shared
     stored, wide = BYTES[config.param_dtype], BYTES[config.dtype]
-    moments = 2 * mine * BYTES[moment_dtype or config.param_dtype]
+    trained, precise = mine, stored
+    if config.lora:
+        trained, precise = config.num_hidden_layers * adapter_parameters(config) / shared, 4
+        mine += trained
+    if not training:
+        trained = 0.0
+    moments = 2 * trained * (BYTES[moment_dtype] if moment_dtype else precise)
     tokens = rows * length / context
     everything = _layer_width(config, "none", tensor, wide)
     inner = _inner(config) / tensor
-    chunk = min(CHUNK, config.vocab_size // tensor)
+    chunk = _even(config.vocab_size // tensor, CHUNK)
+    saved = _layer_width(config, config.remat, tensor, wide)
+    widest = wide * (2 * inner + config.hidden_size)  # gradients of the MLP's parts
     parts = {
         "params": mine * stored,
         "moments": 0.0 if offload else moments,
-        "gradients": mine * stored * (2 if microbatches > 1 else 1),
-        "saved": config.num_hidden_layers
-        * tokens
-        * _layer_width(config, config.remat, tensor, wide),
-        "layer": tokens * (everything + wide * (2 * inner + config.hidden_size)),
-        "gathered": _matrices(config) / tensor * wide if shared > tensor else 0.0,
-        "logits": 3 * tokens * chunk * 4,
+        "gradients": trained * precise * (2 if microbatches > 1 else 1),
+        "saved": config.num_hidden_layers * tokens * saved * training,
+        "layer": tokens * (everything + widest if training else widest),
+        "gathered": matrices(config) / tensor * wide if shared > tensor else 0.0,
+        "logits": (3 if training else 1) * rows * (targets or length) / context * chunk * 4,
     }
     arguments = parts["params"] + parts["moments"]
     return Memory(
         arguments=arguments,
-        outputs=arguments,
-        aliased=arguments,  # the state is donated
+        outputs=arguments * training,
+        aliased=arguments * training,  # the state is donated
         temporaries=parts["gradients"]
         + parts["saved"]
         + max(parts["logits"], parts["layer"] + parts["gathered"]),
@@ -128,8 +139,8 @@ def _layer_width(config: Qwen3Config, remat: str, tensor: int, wide: int) -> flo
     if remat == "attention":
         return (stream + q) * wide + normalisers
     if remat == "dots":
-        # the product with Wo is a partial sum for all tokens of the tensor group
-        return (stream + q + 2 * kv + d + 2 * inner) * wide
+        # of Wo and of the last one the group's sum is kept, for own tokens
+        return (3 * stream + q + 2 * kv + 2 * inner) * wide
     # the residual stream twice, both inputs of products, q and k before and after their norm and
     # turned, v, attention's result, and gate, up, silu(gate) and their product
     return (2 * stream + 2 * d + 4 * q + 4 * kv + 4 * inner) * wide + normalisers
@@ -142,7 +153,7 @@ def _inner(config: Qwen3Config) -> int:
     return config.intermediate_size
 
 
-def _matrices(config: Qwen3Config) -> float:
+def matrices(config: Qwen3Config) -> float:
     """Scalars of one layer's matrices, of a mixture all experts."""
     if not config.num_experts:
         return layer_parameters(config)

@@ -56,6 +56,10 @@ class Placement:
             out.append(index)
         return tuple(reversed(out))
 
+    def number(self, at: Sequence[int]) -> int:
+        """The device at an index along each axis."""
+        return sum(i * stride for i, stride in zip(at, self._strides, strict=True))
+
     def of_locals(self, groups: Groups, partitions: int) -> Groups:
         """Groups of a program with ``partitions`` parts, as places in the mesh.
 
