@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,10 +29,10 @@ from rl.credit import turn_credits
 from rl.loss import LossConfig, loss_of_rows
 from rl.rollout import Episode
 from sandbox.task import Task
+from sft.batches import even
 from sft.learner import Learner, OptimizerConfig, TrainState
 from sft.metrics import Metrics
 from sft.packing import Example, Rows, microbatches, pack
-from sft.plan import even
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, load, save
 
 

@@ -16,10 +16,10 @@ from model.config import Qwen3Config
 from model.preempt import noticed_by_any
 from model.qwen3 import Params
 from model.share import share_of, spread
+from sft.batches import share_of_batch
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
-from sft.packing import Example
-from sft.plan import plan_rows, share_of_batch
+from sft.packing import Example, plan_rows
 from sft.trajectory import POLICY, Trajectory
 
 

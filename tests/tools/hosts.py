@@ -34,7 +34,7 @@ TESTS = "from mini import compare\n" + "".join(
 )
 CONFIG: dict[str, Any] = {
     "policy": "policy",
-    "devices": 2,
+    "mesh": {"data": 2},
     "tasks": {"index": "tasks"},
     "sandbox": {"slots": 2, "backend": "plain"},
     "server": {"slots": 2, "prefill_rows": 2},

@@ -1,15 +1,14 @@
-"""A plan of rows is what packing does, and the hosts' shares of a batch are the batch."""
+"""The hosts' shares of a batch are the batch."""
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
 from configs.errors import InputError
 from model.share import Share
-from sft.packing import Example, microbatches, pack
-from sft.plan import even, plan_rows, share_of_batch
+from sft.batches import even, share_of_batch
+from sft.packing import Example, microbatches, pack, plan_rows
 
 LENGTH = 48
 
@@ -24,27 +23,6 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 def stack(parts: list) -> list[np.ndarray]:
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-
-
-@pytest.mark.parametrize(("count", "targets"), [(0, 24), (1, 30), (40, 30), (90, 40), (40, 0)])
-def test_a_plan_is_what_packing_does(count: int, targets: int) -> None:
-    data = [e for e in examples(count) if sum(e.weight) <= (targets or LENGTH)]
-    plan = plan_rows(data, LENGTH, targets)
-    whole = pack(data, LENGTH, targets)
-    assert sorted(i for row in plan for i in row) == list(range(len(data)))
-    assert len(plan) == len(whole.tokens)
-    for row, members in enumerate(plan):
-        alone = pack([data[i] for i in members], LENGTH, targets)
-        jax.tree.map(np.testing.assert_array_equal, alone, whole.select(slice(row, row + 1)))
-
-
-def test_what_does_not_fit_is_refused_as_packing_does() -> None:
-    for data in ([Example([1] * 50, [0.0] * 50)], [Example([1] * 30, [1.0] * 30)]):
-        with pytest.raises(InputError) as planned:
-            plan_rows(data, LENGTH, 20)
-        with pytest.raises(InputError) as packed:
-            pack(data, LENGTH, 20)
-        assert str(planned.value) == str(packed.value)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 8, 11])
