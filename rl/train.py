@@ -103,7 +103,7 @@ async def train_rl(
 
     updates = config.steps * config.updates_per_step
     rule, loss = config.optimizer.build(updates), loss_of_rows(config.loss)
-    learner = Learner(model, rule, loss, mesh, temperature)
+    learner = Learner(model, rule, loss, mesh, temperature, offload=config.optimizer.offload)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "rl", best=config.keep_best, background=True)
     params = spread(params, model, mesh)

@@ -28,7 +28,7 @@ from model.logprobs import token_logprobs
 from model.lora import join, split
 from model.parallel import AXES, CONTEXT, ROWS, total
 from model.qwen3 import Params, abstract, bind
-from model.sharding import check_mesh, param_specs
+from model.sharding import check_mesh, make_mesh, param_specs
 from sft.packing import Rows
 
 BATCH = (*ROWS, CONTEXT)  # the mesh axes over which the targets of a batch are split
@@ -40,7 +40,7 @@ Loss = Callable[[jax.Array, jax.Array, Rows], tuple[jax.Array, dict[str, jax.Arr
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and its schedule: linear warm-up, then cosine
-    decay to `final_fraction`."""
+    decay to `final_fraction`. `offload`: the moments stay in the hosts' memory between updates."""
 
     learning_rate: float = 1e-3
     warmup_steps: int = 10
@@ -49,6 +49,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
+    offload: bool = False
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optimizer of a run of `steps` updates."""
@@ -97,6 +98,14 @@ class Learner:
         offload: bool = False,
     ) -> None:
         check_attention(config.attention)
+        for leaf in jax.tree.leaves(split(abstract(config))[0]):
+            if leaf.dtype != jnp.float32:  # in bfloat16 most updates would round to nothing
+                raise InputError(
+                    f"training wants float32 parameters, these are {leaf.dtype}: set "
+                    "network.param_dtype to float32 (network.dtype is what is computed in)"
+                )
+        if offload and mesh is None:
+            mesh = make_mesh({})
         sizes = dict(mesh.shape) if mesh is not None else {}
         check_mesh(config, sizes)
         if sizes.get(CONTEXT, 1) > 1 and config.attention != "context":

@@ -90,7 +90,9 @@ def train_sft(
     plan = plan_rows(data, *shape)
     order = _order(len(plan), config, seed)
     share = share_of(mesh)
-    learner = Learner(model, config.optimizer.build(len(order)), nll, mesh)
+    learner = Learner(
+        model, config.optimizer.build(len(order)), nll, mesh, offload=config.optimizer.offload
+    )
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "sft", background=True)
     state = learner.init(spread(params, model, mesh))
