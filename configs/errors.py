@@ -14,3 +14,7 @@ class MissingExtra(InputError):
         super().__init__(f"{package} is not installed: pip install 'remend[{extra}]'")
         self.package = package
         self.extra = extra
+
+
+class Preempted(Exception):
+    """Stopped on request with everything kept. The message says what; the same command goes on."""

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from configs.errors import InputError
 from configs.files import write_atomic
+from model.hosts import host_index
 
 FILES = "files.json"  # in a step's folder: {path: bytes} of everything else in it
 
@@ -171,7 +172,7 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Write the sizes of the files of every finished step that has no list of them yet."""
-        if jax.process_index() != 0:
+        if host_index() != 0:
             return
         for step in self._manager.all_steps():
             root = self._folder / str(step)

@@ -17,10 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from configs.errors import InputError
 from configs.files import write_atomic
+from model.hosts import barrier, host_count, host_index
 
 MANIFEST, FORMAT = "manifest.json", "remend-hf-1"
 
@@ -49,12 +48,12 @@ class ExportFolder:
                 raise InputError(f"{folder} exists and is not an earlier export; choose another")
         self._aside = self._folder
         if not self._remote:
-            alone = jax.process_count() == 1  # hosts must agree on the name
+            alone = host_count() == 1  # hosts must agree on the name
             mark = f"writing-{os.getpid()}" if alone and not resume else "partial"
             self._aside = self._folder.parent / f".{self._folder.name}.{mark}"
 
     def __enter__(self) -> ExportFolder:
-        if jax.process_index() == 0:
+        if host_index() == 0:
             kept = self._noted() if self._resume else {}
             if not kept and not self._remote:
                 shutil.rmtree(self._aside, ignore_errors=True)
@@ -69,7 +68,7 @@ class ExportFolder:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if jax.process_index() == 0 and not self._remote and (kind is None or not self._resume):
+        if host_index() == 0 and not self._remote and (kind is None or not self._resume):
             shutil.rmtree(self._aside, ignore_errors=True)
 
     def has(self, name: str) -> bool:
@@ -80,7 +79,7 @@ class ExportFolder:
         """Write one file; ``write_to`` returns its sha256."""
         digest = write_to(self._aside / name)
         self._files[name] = {"bytes": self._size(name), "sha256": digest}
-        note = self._aside / f"progress-{jax.process_index()}.json"
+        note = self._aside / f"progress-{host_index()}.json"
         text = json.dumps({"resume": self._resume, "files": self._files})
         if self._remote:
             note.write_text(text)  # an object appears whole
@@ -169,14 +168,6 @@ def check_manifest(folder: Path) -> dict[str, Any] | None:
                     f"{path.parent / name} does not match the sha256 in its manifest: corrupt"
                 )
     return manifest
-
-
-def barrier(name: str) -> None:
-    """Wait for the other hosts, where there are any."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _sha256(path: Path) -> str:

@@ -25,9 +25,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.errors import InputError
 from model.assets import carried
 from model.config import DTYPES, Qwen3Config
-from model.export_folder import ExportFolder, barrier, check_manifest, read_json
+from model.export_folder import ExportFolder, check_manifest, read_json
 from model.fill import Filler
 from model.hf_names import Tensor, tensors
+from model.hosts import barrier, host_count, host_index
 from model.qwen3 import Params, abstract
 from model.tensorfile import Entry, entries, write
 
@@ -84,7 +85,7 @@ def save_hf(
         progress(min(done, total), total)
 
     with target:
-        ours = jax.process_index(), jax.process_count()
+        ours = host_index(), host_count()
         for number, (name, inside) in enumerate(files.items()):
             mine = number % ours[1] == ours[0]
             if target.has(name):
@@ -318,7 +319,7 @@ def _write_shard(
     def fetch(stored: str) -> tuple[np.ndarray, bool]:
         tensor, dtype = by_name[stored]
         leaf = _at(params, tensor.path)
-        value = _to_host(leaf, tensor.at)
+        value = to_host(leaf, tensor.at)
         if value.dtype != dtype:
             value = value.astype(dtype)
         return value, tensor.transposed
@@ -331,7 +332,7 @@ def _write_shard(
     target.put(name, lambda path: write(path, header, fetch, advance))
 
 
-def _to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+def to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     """One stored tensor of a parameter as a numpy array, gathered from other hosts if need be."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)[index]

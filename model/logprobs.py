@@ -43,12 +43,12 @@ def token_logprobs(
         hidden: [N, D]; head: [D, V], on a mesh this device's part of it; targets: [N] int32 in
             0..V-1 of the whole vocabulary.
         temperature: positive; divides the logits. Not differentiated.
-        chunk: vocabulary entries held at a time; a vocabulary that fits is one block.
+        chunk: most vocabulary entries held at a time; a vocabulary that fits is one block.
 
     Returns (logprobs [N], entropies [N]) float32 in nats. Differentiable in hidden and head; the
     devices of a tensor group get the same numbers, and the same derivatives must come back to each.
     """
-    chunk = min(chunk, head.shape[1])
+    chunk = _even(head.shape[1], chunk)
     targets = targets - index(TENSOR) * head.shape[1]  # outside 0..V/tensor-1: of another device
     return _token_logprobs(chunk, hidden, head, targets, jnp.float32(1.0) / temperature)
 
@@ -56,7 +56,7 @@ def token_logprobs(
 @functools.partial(jax.jit, static_argnames=("chunk",))
 def likeliest(hidden: jax.Array, head: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
     """The vocabulary entry [N] int32 with the largest logit, the lowest of several; as above."""
-    chunk = min(chunk, head.shape[1])
+    chunk = _even(head.shape[1], chunk)
 
     def body(
         best: tuple[jax.Array, jax.Array], start: jax.Array
@@ -71,6 +71,17 @@ def likeliest(hidden: jax.Array, head: jax.Array, *, chunk: int = CHUNK) -> jax.
     first = (jnp.full(n, 2 * MASKED, jnp.float32), jnp.zeros(n, jnp.int32))
     starts = jnp.arange(0, head.shape[1], chunk)
     return jax.lax.scan(body, first, starts)[0][1]
+
+
+def _even(v: int, most: int) -> int:
+    """The length of v's chunks if all are alike; in whole registers (128) where there are several.
+
+    The last chunk overlaps the one before it, and what overlaps is computed twice.
+    """
+    if v <= most:
+        return v
+    count = -(-v // most)
+    return min(most, -(-v // (128 * count)) * 128)
 
 
 class _Sums(NamedTuple):

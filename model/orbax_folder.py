@@ -21,8 +21,8 @@ import numpy as np
 from configs.errors import InputError
 from model.assets import carried
 from model.config import DTYPES, Qwen3Config
-from model.export_folder import barrier
 from model.hf import LoadedPolicy, read_config
+from model.hosts import barrier, host_index
 from model.qwen3 import Params, abstract
 
 PARAMS, MARK = "params", "remend-orbax-1"
@@ -51,7 +51,7 @@ def save_orbax(
     if dtype is not None:
         params = jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params)
     aside = folder.parent / f".{folder.name}.writing"
-    if jax.process_index() == 0:
+    if host_index() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         hf = config.to_hf() | {"torch_dtype": np.dtype(params["embed"].dtype).name}
@@ -64,7 +64,7 @@ def save_orbax(
     barrier(f"{folder} opened")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(aside / PARAMS, params)
-    if jax.process_index() == 0:
+    if host_index() == 0:
         old = folder.parent / f".{folder.name}.old-{os.getpid()}"
         if folder.exists():
             folder.rename(old)

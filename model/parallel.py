@@ -6,7 +6,9 @@ place that can be read; there are no others. On an axis that the mesh does not h
 ``shard_map``, each of them does nothing.
 
 The derivative of a call is the collective that mathematics asks for when the objective is the sum
-over all devices of what each one computes: ``gather`` and ``scatter_sum`` are each other's.
+over all devices of what each one computes: ``gather`` and ``scatter_sum`` are each other's. Both
+have an axis of their own for the devices, in front: XLA for TPUs turns some scatters of a part of
+an axis into a sum of everything and a slice, twice the bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 
 # The mesh axes by role, outermost first: neighbours in the last one are neighbours on the network.
 SLICE = "slice"  # TPU slices, joined by the data-centre network: rows
@@ -49,13 +52,19 @@ def index(axes: tuple[str, ...] | str) -> jax.Array | int:
 def gather(x: jax.Array, axes: tuple[str, ...] | str, dim: int) -> jax.Array:
     """Every device's x, one behind the other along ``dim``."""
     axes = here(axes)
-    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+    if not axes:
+        return x
+    pieces = jnp.moveaxis(jax.lax.all_gather(x, axes), 0, dim)
+    return pieces.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def scatter_sum(x: jax.Array, axes: tuple[str, ...] | str, dim: int) -> jax.Array:
     """This device's piece along ``dim`` of the sum of every device's x."""
     axes = here(axes)
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+    if not axes:
+        return x
+    pieces = x.reshape(*x.shape[:dim], count(axes), -1, *x.shape[dim + 1 :])
+    return jax.lax.psum_scatter(jnp.moveaxis(pieces, dim, 0), axes)
 
 
 def total(x: jax.Array, axes: tuple[str, ...] | str) -> jax.Array:

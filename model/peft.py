@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from configs.errors import InputError
 from model.config import Qwen3Config
+from model.hf import to_host
 from model.hf_names import layer_tensor
+from model.hosts import barrier, host_index
 from model.qwen3 import Params
 from model.tensorfile import write
 
@@ -23,7 +27,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_peft(folder: Path, params: Params, config: Qwen3Config, base: str) -> None:
-    """Write the adapters of ``params``.
+    """Write the adapters of ``params``; of several hosts, which gather them together, the first.
 
     Args:
         folder: created; replaced if it holds adapters, refused if it holds anything else.
@@ -40,7 +44,7 @@ def save_peft(folder: Path, params: Params, config: Qwen3Config, base: str) -> N
         for name in lora.targets:
             stem = f"base_model.model.model.layers.{layer}.{layer_tensor(name)}.lora_"
             for side in "ab":
-                value = np.asarray(params["layers"][f"{name}_lora_{side}"][layer])
+                value = to_host(params["layers"][f"{name}_lora_{side}"], (layer,))
                 stored[f"{stem}{side.upper()}.weight"] = value
     facts = {
         "peft_type": "LORA",
@@ -58,6 +62,12 @@ def save_peft(folder: Path, params: Params, config: Qwen3Config, base: str) -> N
         "modules_to_save": None,
         "init_lora_weights": True,
     }
+    if host_index() == 0:
+        _write(folder, stored, facts)
+    barrier(f"{folder} written")
+
+
+def _write(folder: Path, stored: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     aside = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

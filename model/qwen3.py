@@ -153,14 +153,14 @@ class Block(nnx.Module):
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         """x times the matrix called ``name``, with its bias and its adapter where there are any."""
-        y = self._product(x, name)
+        y = checkpoint_name(self._product(x, name), PRODUCT)
         if hasattr(self, f"{name}_bias"):
             y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
         return y
 
     def _join(self, x: jax.Array, name: str) -> jax.Array:
         """The same for a matrix whose rows are split: the tensor group's sum, for own tokens."""
-        y = scatter_sum(self._product(x, name), TENSOR, 1)
+        y = checkpoint_name(scatter_sum(self._product(x, name), TENSOR, 1), PRODUCT)
         if hasattr(self, f"{name}_bias"):
             y = y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
         return y
@@ -186,6 +186,7 @@ class Block(nnx.Module):
 # What remat policies call by name.
 GATHERED = "gathered"  # a weight made whole: never kept for the backward pass
 LAYER_INPUT = "layer_input"
+PRODUCT = "product"  # of activations and a matrix, of the tensor group's together where summed
 
 
 class Qwen3(nnx.Module):
@@ -410,7 +411,7 @@ def _remat(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """What is kept of a layer for the backward pass; the rest of it is computed again.
 
     none: everything, but for weights gathered from other devices
-    dots: the results of products with weights
+    dots: the results of products with matrices (of a mixture's experts none)
     attention: what attention needs to be differentiated
     full: the layer's input alone
     offload: the same, in the host's memory
@@ -421,7 +422,7 @@ def _remat(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
             return layer
         saved: Any = keep.save_anything_except_these_names(GATHERED)
     elif policy == "dots":
-        saved = keep.dots_with_no_batch_dims_saveable
+        saved = keep.save_only_these_names(PRODUCT)
     elif policy == "attention":
         saved = keep.save_only_these_names(*SAVED)
     elif policy == "offload":

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.errors import Preempted
 from configs.files import append_jsonl
+from model.hosts import agree, barrier, exists, host_count, host_index
+from model.preempt import unless_noticed
 from rl.agent import AgentConfig, Policy, run_episode
 from sandbox.local import LocalPool
 from sandbox.task import Task
@@ -63,13 +66,20 @@ async def run_to_file(
 ) -> list[Trajectory]:
     """Like `run_episodes`, kept in `path`: finished episodes survive a kill and are not run again.
 
-    While under way they are in `path.partial`; `path` itself only ever holds the whole set.
+    While under way they are in `path.partial`, or, where several hosts share them out, in one such
+    file of each; `path` itself only ever holds the whole set.
+
+    Raises Preempted if a host was told to stop.
     """
-    if path.exists():
+    if exists(path):
         return load(path)
     partial = path.with_name(path.name + ".partial")
+    if host_count() > 1:
+        partial = path.with_name(f"{path.name}.host-{host_index()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(t.task, t.seed): t for t in (load(partial) if partial.exists() else [])}
+    # what the last hosts left, however many they were
+    done = _left_over(path)
+    barrier(f"{path} taken up")
 
     def keep(trajectory: Trajectory) -> None:
         append_jsonl(partial, to_record(trajectory))
@@ -78,11 +88,31 @@ async def run_to_file(
     for trajectory in done.values():
         on_done(trajectory)
     todo = [e for e in episodes if (e.task.name, e.seed) not in done]
-    fresh = await run_episodes(
-        todo, policy, pool, renderer, config, concurrency=concurrency, on_done=keep
+    running = run_episodes(
+        todo[host_index() :: host_count()],
+        policy,
+        pool,
+        renderer,
+        config,
+        concurrency=concurrency,
+        on_done=keep,
     )
-    done.update({(t.task, t.seed): t for t in fresh})
-    result = [done[e.task.name, e.seed] for e in episodes]
-    save(path, result)
-    partial.unlink(missing_ok=True)
-    return result
+    fresh = await unless_noticed(running)
+    if not all(agree(fresh is not None)):
+        raise Preempted(f"the episodes that are done are in {partial.parent}")
+    if host_index() == 0:
+        done = _left_over(path)
+        save(path, [done[e.task.name, e.seed] for e in episodes])
+        for left in _partials(path):
+            left.unlink()
+    barrier(f"{path} whole")
+    return load(path)
+
+
+def _partials(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.*partial"))
+
+
+def _left_over(path: Path) -> dict[tuple[str, int], Trajectory]:
+    """The finished episodes of an unfinished set, by task and seed."""
+    return {(t.task, t.seed): t for partial in _partials(path) for t in load(partial)}

@@ -2,33 +2,38 @@
 
 Synchronous: the policy that samples a step's episodes is the policy that the step updates. Every
 random choice derives from (seed, step, episode), so a run that was killed and started again goes
-through the same numbers.
+through the same numbers, also on another number of hosts: each host rolls out whole groups, packs
+rows of its own, and all take part in every update.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.errors import InputError
+from configs.errors import InputError, Preempted
 from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
+from model.hosts import agree, barrier, host_count, host_index
+from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
+from model.share import Share, share_of, spread
 from rl.advantage import group_advantages
 from rl.credit import turn_credits
 from rl.loss import LossConfig, loss_of_rows
 from rl.rollout import Episode
 from sandbox.task import Task
+from sft.batches import even
 from sft.learner import Learner, OptimizerConfig, TrainState
 from sft.metrics import Metrics
 from sft.packing import Example, Rows, microbatches, pack
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, save
+from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, load, save
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class RLConfig:
     steps: rollout batches; the policy is published after each.
     tasks_per_step, group_size: episodes of a step = tasks × group.
     updates_per_step: optimizer updates that a step's episodes are cut into, group by group.
-    row_tokens, row_targets, microbatch_rows: shape of the learner's batches.
+    row_tokens, row_targets, microbatch_rows: shape of the learner's batches, over all hosts.
     checkpoint_every: steps between checkpoints, of which the newest two are kept.
     keep_best: checkpoints with the highest training success to keep besides.
     turn_credit: weight of the credit for turns that test a new edit, beside the verdict's.
@@ -62,7 +67,7 @@ class RLConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
-Rollout = Callable[[Sequence[Episode]], Awaitable[list[Trajectory]]]
+Rollout = Callable[[Sequence[Episode]], Coroutine[Any, Any, list[Trajectory]]]
 Publish = Callable[[Params, int], None]
 
 
@@ -85,6 +90,10 @@ async def train_rl(
     `rollout` runs episodes with the weights that were last given to `publish(params, version)`,
     sampling at `temperature`.
     Resumes after the last checkpoint; the episodes of each step are kept in `trajectories/`.
+
+    Raises:
+      InputError: fewer tasks than a step takes.
+      Preempted: a host was told to stop; there is a checkpoint of the last whole step.
     """
     if len(tasks) < config.tasks_per_step:
         raise InputError(
@@ -97,51 +106,76 @@ async def train_rl(
     learner = Learner(model, rule, loss, mesh, temperature)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "rl", best=config.keep_best, background=True)
+    params = spread(params, model, mesh)
     state = learner.init(params)
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))
+    reference = learner.place_params(params) if config.loss.kl_coef else None
+    share = share_of(mesh)
     start = int(state.step) // config.updates_per_step
     metrics.rewind("rl", start)
+
+    def keep(step: int, values: dict[str, float] | None = None) -> None:
+        checkpoints.save(step, state._asdict(), score=values["rl/success"] if values else None)
+
+    def stopped(step: int) -> Preempted:
+        checkpoints.close()
+        return Preempted(f"RL has saved step {step} of {config.steps}")
+
     for step in range(start, config.steps):
         began = time.monotonic()
         publish(state.params, step)
         episodes = _episodes(tasks, config, seed, step)
-        done = await rollout(episodes)
-        save(run / "trajectories" / f"rl-{step + 1:06d}.jsonl", done)
+        own = _groups_of(host_index(), config)
+        done = await unless_noticed(rollout([e for group in own for e in episodes[group]]))
+        if not all(agree(done is not None)):  # nothing of this step is kept
+            if step not in checkpoints.steps():
+                keep(step)
+            raise stopped(step)
+        assert done is not None
         rolled = time.monotonic()
-        groups = [done[i : i + config.group_size] for i in range(0, len(done), config.group_size)]
-        values = _episode_metrics(groups)
+        values = _episode_metrics(_cut(done, config))
+        _keep_episodes(run, step + 1, done)
+        groups = dict(zip(own, _cut(done, config), strict=True))
+        groups |= _of_peers(run, step + 1, share, config)
         totals: list[dict[str, float]] = []
         for update in range(config.updates_per_step):
-            batches = _batches(groups[update :: config.updates_per_step], config)
-            if config.loss.kl_coef:
+            mine = [groups[g] for g in sorted(groups) if g % config.updates_per_step == update]
+            batches = _batches(mine, config, share)
+            batches = even(batches, max(agree(len(batches))))
+            if reference is not None:
                 batches = [
-                    rows._replace(ref_logprob=learner.logprobs(params, rows)) for rows in batches
+                    rows._replace(ref_logprob=learner.logprobs(reference, rows)) for rows in batches
                 ]
             state, update_values = learner.step(state, batches)
             totals.append(update_values)
         values |= {_prefixed(k): float(np.mean([t[k] for t in totals])) for k in totals[0]}
         values |= {"time/rollout_s": rolled - began, "time/learn_s": time.monotonic() - rolled}
         metrics.write("rl", step + 1, values)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            checkpoints.save(step + 1, state._asdict(), score=values["rl/success"])
+        stop = noticed_by_any() and step + 1 < config.steps
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
+            keep(step + 1, values)
         on_step(step + 1, config.steps, values)
+        if stop:
+            raise stopped(step + 1)
     checkpoints.close()
     publish(state.params, config.steps)
-    return jax.tree.map(np.asarray, state.params)
+    return state.params
 
 
-def _episodes(tasks: Sequence[Task], config: RLConfig, seed: int, step: int) -> list[Episode]:
-    """The step's episodes, group by group: tasks in a new order each pass through the set."""
+def _episodes(tasks: Sequence[Task], config: RLConfig, seed: int, step: int) -> list[list[Episode]]:
+    """The step's groups: tasks in a new order each pass through the set."""
     chosen = []
     for i in range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step):
         lap, at = divmod(i, len(tasks))
         chosen.append(tasks[np.random.default_rng([seed, lap]).permutation(len(tasks))[at]])
     return [
-        Episode(task, episode_seed(seed, step, group, member))
+        [
+            Episode(task, episode_seed(seed, step, group, member))
+            for member in range(config.group_size)
+        ]
         for group, task in enumerate(chosen)
-        for member in range(config.group_size)
     ]
 
 
@@ -150,9 +184,48 @@ def episode_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 
-def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig) -> list[Rows]:
-    """Learner batches from whole groups. Groups without signal still count as tokens in the
-    denominator would, so they are left out: their gradient is zero (dynamic sampling, DAPO)."""
+def _groups_of(host: int, config: RLConfig) -> list[int]:
+    """The groups of a step that a host rolls out: in turn, within what each update takes."""
+    groups = range(config.tasks_per_step)
+    return [g for g in groups if g // config.updates_per_step % host_count() == host]
+
+
+def _cut(episodes: Sequence[Trajectory], config: RLConfig) -> list[Sequence[Trajectory]]:
+    size = config.group_size
+    return [episodes[i : i + size] for i in range(0, len(episodes), size)]
+
+
+def _file(run: Path, step: int, host: int) -> Path:
+    """Where a host keeps its episodes of a step, numbered from 1."""
+    whose = f".host-{host}-of-{host_count()}" if host_count() > 1 else ""
+    return run / "trajectories" / f"rl-{step:06d}{whose}.jsonl"
+
+
+def _keep_episodes(run: Path, step: int, done: Sequence[Trajectory]) -> None:
+    """Write this host's episodes; those of an earlier try on other hosts go."""
+    save(_file(run, step, host_index()), done)
+    if host_index() == 0:
+        current = {_file(run, step, host) for host in range(host_count())}
+        for old in set((run / "trajectories").glob(f"rl-{step:06d}*.jsonl")) - current:
+            old.unlink()
+
+
+def _of_peers(run: Path, step: int, share: Share, config: RLConfig) -> dict[int, Any]:
+    """The groups of the other hosts that feed the same rows as this one, by number."""
+    groups: dict[int, Any] = {}
+    if len(share.peers) > 1:  # then it is so on every host
+        barrier(f"episodes of step {step}")
+        for host in set(share.peers) - {host_index()}:
+            found = _cut(load(_file(run, step, host)), config)
+            groups |= zip(_groups_of(host, config), found, strict=True)
+    return groups
+
+
+def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig, share: Share) -> list[Rows]:
+    """Learner batches from whole groups, this host's share of their rows.
+
+    Groups without signal still count as tokens in the denominator would, so they are left out:
+    their gradient is zero (dynamic sampling, DAPO)."""
     data = []
     for group in groups:
         outcomes = group_advantages([t.reward for t in group], scale=config.scale_advantages)
@@ -164,20 +237,29 @@ def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig) -> list[R
             advantage = [outcome + (turns[n] if n >= 0 else 0.0) for n in t.turn_of_ids()]
             data.append(Example(t.ids, weight, t.logprobs, advantage))
     rows = pack(data, config.row_tokens, config.row_targets)
-    return microbatches(rows, config.microbatch_rows)
+    return microbatches(rows, share.rows(config.microbatch_rows))
 
 
 def _episode_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-    """Means over a step's episodes; `rl/informative` is the share whose verdicts differ."""
+    """Means over a step's episodes on all hosts; `groups`: this host's. `rl/informative` is the
+    share of groups whose rewards differ."""
     flat = [t for group in groups for t in group]
-    rewards = [[t.reward for t in group] for group in groups]
+    here = {
+        "episodes": len(flat),
+        "groups": len(groups),
+        "rl/reward": sum(t.reward for t in flat),
+        "rl/success": sum(t.success for t in flat),
+        "rl/informative": sum(len({t.reward for t in group}) > 1 for group in groups),
+        "rl/tokens": sum(a != ENVIRONMENT for t in flat for a in t.author),
+        "rl/turns": sum(len(t.turns) for t in flat),
+        "rl/submitted": sum(t.stop == "submit" for t in flat),
+    }
+    given = agree(here)
+    sums = {name: sum(host[name] for host in given) for name in here}
+    episodes, of_groups = sums.pop("episodes"), sums.pop("groups")
     return {
-        "rl/reward": float(np.mean([t.reward for t in flat])),
-        "rl/success": float(np.mean([t.success for t in flat])),
-        "rl/informative": float(np.mean([len(set(r)) > 1 for r in rewards])),
-        "rl/tokens": float(np.mean([sum(a != ENVIRONMENT for a in t.author) for t in flat])),
-        "rl/turns": float(np.mean([len(t.turns) for t in flat])),
-        "rl/submitted": float(np.mean([t.stop == "submit" for t in flat])),
+        name: float(value / (of_groups if name == "rl/informative" else episodes))
+        for name, value in sums.items()
     }
 
 

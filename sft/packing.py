@@ -8,6 +8,7 @@ sequence (`context`), or nearly every token is a target, there is a slot for eac
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,6 +56,9 @@ class Rows(NamedTuple):
         return Rows(*(None if array is None else array[rows] for array in self))
 
 
+Plan = list[list[int]]  # for each row, the examples in it
+
+
 def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
     """Best-fit decreasing bin packing of `examples` into rows of `length` tokens, each with at most
     `targets` loss tokens; 0: a slot for every token. Deterministic; ties keep the given order.
@@ -62,27 +66,37 @@ def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
     Raises:
       InputError: an example does not fit a row.
     """
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # per bin: free tokens, free targets
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
-    for i in order:
-        tokens, wanted = len(examples[i].ids), _targets(examples[i])
+    return build(examples, plan_rows(examples, length, targets), length, targets)
+
+
+def plan_rows(examples: Sequence[Example], length: int, targets: int) -> Plan:
+    """The rows of ``pack`` by the numbers of their examples; raises InputError as it does."""
+    rows: Plan = []
+    room: list[tuple[int, int, int]] = []  # (free tokens, row, free targets), sorted
+    sizes = [(len(e.ids), sum(1 for w in e.weight[1:] if w)) for e in examples]
+    for i in sorted(range(len(examples)), key=lambda i: -sizes[i][0]):
+        tokens, wanted = sizes[i]
         if tokens > length or wanted > (targets or length):
             raise InputError(
                 f"example {i} has {tokens} tokens, {wanted} with loss; a row holds {length}, "
                 f"{targets}: raise row_tokens or row_targets"
             )
-        fits = [b for b, (t, w) in enumerate(room) if t >= tokens and w >= wanted]
-        if fits:
-            best = min(fits, key=lambda b: room[b][0])
+        at = bisect.bisect_left(room, (tokens, -1, -1))
+        at = next((k for k in range(at, len(room)) if room[k][2] >= wanted), len(room))
+        if at < len(room):
+            free, row, slots = room.pop(at)
         else:
-            best = len(bins)
-            bins.append([])
-            room.append((length, targets or length))
-        bins[best].append(i)
-        room[best] = (room[best][0] - tokens, room[best][1] - wanted)
-    rows = empty_rows(len(bins), length, targets)
-    for row, members in enumerate(bins):
+            free, row, slots = length, len(rows), targets or length
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(room, (free - tokens, row, slots - wanted))
+    return rows
+
+
+def build(examples: Sequence[Example], plan: Plan, length: int, targets: int) -> Rows:
+    """The planned rows themselves."""
+    rows = empty_rows(len(plan), length, targets)
+    for row, members in enumerate(plan):
         _fill(rows, row, [examples[i] for i in members])
     return rows
 
@@ -106,10 +120,6 @@ def microbatches(rows: Rows, size: int) -> list[Rows]:
     padding = empty_rows(short, rows.tokens.shape[1], targets)
     whole = jax.tree.map(lambda *pair: np.concatenate(pair), rows, padding)
     return [whole.select(slice(start, start + size)) for start in range(0, count + short, size)]
-
-
-def _targets(example: Example) -> int:
-    return sum(1 for w in example.weight[1:] if w)
 
 
 def _fill(rows: Rows, row: int, examples: list[Example]) -> None:

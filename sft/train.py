@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.errors import InputError
+from configs.errors import InputError, Preempted
 from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
+from model.preempt import noticed_by_any
 from model.qwen3 import Params
+from model.share import share_of, spread
+from sft.batches import share_of_batch
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
-from sft.packing import Example, microbatches, pack
+from sft.packing import Example, plan_rows
 from sft.trajectory import POLICY, Trajectory
 
 
@@ -25,7 +27,8 @@ from sft.trajectory import POLICY, Trajectory
 class SFTConfig:
     """Attributes:
     epochs: passes over the trajectories.
-    batch_rows, microbatch_rows: packed rows per update, and per gradient computation.
+    batch_rows, microbatch_rows: packed rows per update, and per gradient computation, over all
+      hosts.
     row_tokens, row_targets: shape of a row; a trajectory must fit in one.
     checkpoint_every: updates between checkpoints.
     """
@@ -72,21 +75,25 @@ def train_sft(
     """Train from `params` on `data`, in the run folder `run`; resumes where it was cut off.
 
     The order of rows depends on `seed` and the epoch alone, so a resumed run sees the same batches
-    and ends in the same bits. `on_step` gets (updates done, updates in all, metrics).
+    and ends in the same bits; on another number of hosts the same but for rounding. `on_step` gets
+    (updates done, updates in all, metrics).
 
     Raises:
       InputError: no examples, or one that does not fit a row.
+      Preempted: a host was told to stop; there is a checkpoint of the last update.
     """
     if not data:
         raise InputError(
             "SFT has no verified trajectory to train on: let the teacher try more tasks"
         )
-    rows = pack(data, config.row_tokens, config.row_targets)
-    order = _order(len(rows.tokens), config, seed)
+    shape = config.row_tokens, config.row_targets
+    plan = plan_rows(data, *shape)
+    order = _order(len(plan), config, seed)
+    share = share_of(mesh)
     learner = Learner(model, config.optimizer.build(len(order)), nll, mesh)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "sft", background=True)
-    state = learner.init(params)
+    state = learner.init(spread(params, model, mesh))
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))
@@ -94,17 +101,22 @@ def train_sft(
     metrics.rewind("sft", start)
     for step in range(start, len(order)):
         began = time.monotonic()
-        batch = rows.select(np.sort(order[step]))
-        state, values = learner.step(state, microbatches(batch, config.microbatch_rows))
-        tokens = float((batch.segments > 0).sum())
+        batch = [plan[row] for row in np.sort(order[step])]
+        own = share_of_batch(data, batch, config.microbatch_rows, share, *shape)
+        state, values = learner.step(state, own)
+        tokens = float(sum(len(data[i].ids) for row in batch for i in row))
         values = {f"sft/{name}": value for name, value in values.items()}
         values |= {"sft/tokens": tokens, "time/tokens_per_s": tokens / (time.monotonic() - began)}
         metrics.write("sft", step + 1, values)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(order):
+        stop = noticed_by_any() and step + 1 < len(order)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(order) or stop:
             checkpoints.save(step + 1, state._asdict())
         on_step(step + 1, len(order), values)
+        if stop:
+            checkpoints.close()
+            raise Preempted(f"SFT has saved update {step + 1} of {len(order)}")
     checkpoints.close()
-    return jax.tree.map(np.asarray, state.params)
+    return state.params
 
 
 def _order(rows: int, config: SFTConfig, seed: int) -> list[np.ndarray]:

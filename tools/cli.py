@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from configs.errors import InputError
+from configs.errors import InputError, Preempted
 
 # verb -> (module with `main(argv) -> int`, or module:function; one line of help)
 VERBS = {
@@ -43,7 +43,11 @@ INSTALLS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit code: 0 success, 1 the thing asked about is not so, 2 bad input."""
+    """Run one verb. Exit code: 0 success, 1 the thing asked about is not so, 2 bad input.
+
+    With the flags of several hosts also 70, another host is gone, and 75, stopped by SIGTERM with
+    everything kept: the same command, on all hosts, goes on from there.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in VERBS:
         return _run(argv[0], argv[1:])
@@ -75,16 +79,30 @@ def _run(verb: str, argv: list[str]) -> int:
     """Import the verb's module and call it; what a person can mend becomes one line."""
     try:
         return entry(verb)(argv)
-    except InputError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("remend: interrupted", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in INSTALLS:
+    except (Exception, KeyboardInterrupt) as error:
+        code = explain(error)
+        if code is None:
             raise
-        return _fail(f"{package} is not installed: pip install '{INSTALLS[package]}'")
+        return code
+
+
+def explain(error: BaseException) -> int | None:
+    """Print one line for an error that a person can mend, and give the exit code; None for our own
+    faults."""
+    match error:
+        case InputError():
+            return _fail(str(error))
+        case Preempted():
+            print(f"remend: stopped by SIGTERM: {error}; same command resumes", file=sys.stderr)
+            return 75  # EX_TEMPFAIL of sysexits.h
+        case KeyboardInterrupt():
+            print("remend: interrupted", file=sys.stderr)
+            return 130
+        case ModuleNotFoundError():
+            package = (error.name or "").partition(".")[0]
+            if package in INSTALLS:
+                return _fail(f"{package} is not installed: pip install '{INSTALLS[package]}'")
+    return None
 
 
 def _fail(message: str) -> int:

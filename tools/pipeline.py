@@ -23,6 +23,7 @@ from model.decode import Engine
 from model.folder import load_policy
 from model.hf import load_hf, save_hf
 from model.host import keep_freed_memory
+from model.hosts import barrier, exists, host_count, host_index
 from model.lora import Lora, add_adapters, merged
 from model.peft import save_peft
 from model.qwen3 import Params
@@ -108,7 +109,7 @@ class RunConfig:
 
     policy: "shipped", or a folder (Hugging Face, Orbax or MaxText) with the weights to start from
       and their tokenizer.
-    mesh: how the devices share the work of training.
+    mesh: how the devices of all hosts share the work of training.
     lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
     """
@@ -134,13 +135,14 @@ class Pipeline:
     """A run folder and everything needed to work in it.
 
     Everything that a run reads is checked here, before anything is written. Use as an async context
-    manager: leaving it ends every sandbox.
+    manager: leaving it ends every sandbox. On several hosts each has a pipeline over the same run
+    folder; they share the episodes and the updates, and host 0 writes what there is one of.
     """
 
     def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
         _check(config)
         keep_freed_memory()
-        simulate_devices(config.mesh.devices)
+        simulate_devices(_devices_here(config.mesh.devices))
         self.config, self.run, self.seed = config, run, seed
         self.start = load_policy(
             POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy),
@@ -206,8 +208,8 @@ class Pipeline:
     def sft(self, trajectories: Sequence[Trajectory]) -> Params:
         """Fine-tune the starting policy on the verified trajectories; its parameters."""
         folder = self.run / "snapshots" / "sft"
-        if not folder.exists():
-            with progress("SFT") as report:
+        if not exists(folder):
+            with progress(_label("SFT")) as report:
                 params = train_sft(
                     self.config.sft,
                     self.trained,
@@ -227,7 +229,7 @@ class Pipeline:
         if self.config.rl.only_solved:
             tasks = solved_tasks(tasks, taught)
         folder = self.run / "snapshots" / "rl"
-        if not folder.exists():
+        if not exists(folder):
             policy = self.served("rl")
             snapshots = Snapshots(self.run / "snapshots", self.start.config, self.start.tokenizer)
 
@@ -238,7 +240,7 @@ class Pipeline:
                 written = snapshots.write(merged(params, self.config.lora), version)
                 self.engine.set_params(load_hf(written).params, version)
 
-            with progress("RL") as report:
+            with progress(_label("RL")) as report:
                 params = await train_rl(
                     self.config.rl,
                     self.trained,
@@ -274,7 +276,7 @@ class Pipeline:
     ) -> list[Trajectory]:
         """Run episodes into `trajectories/STEM.jsonl`, with progress."""
         solved: list[bool] = []
-        with progress(label) as report:
+        with progress(_label(label)) as report:
 
             def on_done(trajectory: Trajectory) -> None:
                 solved.append(trajectory.success)
@@ -320,13 +322,27 @@ class Pipeline:
     def _keep_config(self) -> None:
         """Write `config.yaml`, or check that a resumed run has the same one."""
         path, text = self.run / "config.yaml", f"# seed: {self.seed}\n{dump(self.config)}"
-        if not path.exists():
+        if not exists(path) and host_index() == 0:
             write_atomic(path, text)
-        elif path.read_text() != text:
+        barrier(f"{path} written")
+        if path.read_text() != text:
             raise InputError(
                 f"{self.run} holds a run with another config or seed: choose another --out, "
                 "or delete that folder"
             )
+
+
+def _label(text: str) -> str:
+    """The label of a progress bar, with whose it is where there are several hosts."""
+    return f"{text} (host {host_index()})" if host_count() > 1 else text
+
+
+def _devices_here(devices: int) -> int:
+    """How many of a run's devices are this host's; a CPU pretends to have them."""
+    hosts = host_count()
+    if devices % hosts:
+        raise InputError(f"mesh: {devices} devices are no multiple of the {hosts} hosts")
+    return devices // hosts
 
 
 def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[Task]:

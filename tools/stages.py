@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import load
+from tools.hosts import add_flags, spec, together
 
 
 def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
@@ -20,6 +21,7 @@ def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for name, options in extra.items():
         parser.add_argument(f"--{name}", **options)
+    add_flags(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -45,13 +47,19 @@ def evaluate(argv: list[str]) -> int:
 
 def _stage(verb: str, argv: list[str], **extra: Any) -> int:
     args = _parse(verb, argv, **extra)
+    hosts = spec(args)
 
     from tools.pipeline import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
-    outcome = asyncio.run(_run(verb, config, args))
-    print(json.dumps(outcome) if args.json else "\n".join(f"{k}: {v}" for k, v in outcome.items()))
-    return 0
+
+    def work() -> int:
+        outcome = asyncio.run(_run(verb, config, args))
+        lines = (f"{k}: {v}" for k, v in outcome.items())
+        print(json.dumps(outcome) if args.json else "\n".join(lines))
+        return 0
+
+    return work() if hosts is None else together(hosts, work)
 
 
 async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ WORKER = Path(__file__).with_name("on_meshes.py")
 
 def _start(*args: object) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time would be compiling
     return subprocess.Popen(
         [sys.executable, str(WORKER), *map(str, args)],
         env=env,

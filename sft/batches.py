@@ -1,0 +1,39 @@
+"""A host's share of each batch: every host makes the same plan of all rows, from lengths alone, and
+builds its own rows when their turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from model.share import Share
+from sft.packing import Example, Plan, Rows, build, microbatches
+
+
+def share_of_batch(
+    examples: Sequence[Example],
+    rows: Plan,
+    microbatch_rows: int,
+    share: Share,
+    length: int,
+    targets: int,
+) -> list[Rows]:
+    """This host's part of each microbatch of a batch of planned rows, padded to one shape.
+
+    Row i of a microbatch belongs to part i // (microbatch_rows / parts).
+    """
+    own = share.rows(microbatch_rows)
+    batches = []
+    for start in range(0, max(len(rows), 1), microbatch_rows):
+        first = start + share.part * own
+        mine = rows[first : min(first + own, start + microbatch_rows)]
+        batches += microbatches(build(examples, mine, length, targets), own)
+    return batches
+
+
+def even(batches: Sequence[Rows], count: int) -> list[Rows]:
+    """`batches`, filled up with padding to `count` of them, the same on all hosts."""
+    padding = jax.tree.map(np.zeros_like, batches[0])
+    return [*batches, *[padding] * (count - len(batches))]

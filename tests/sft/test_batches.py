@@ -1,0 +1,57 @@
+"""The hosts' shares of a batch are the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from configs.errors import InputError
+from model.share import Share
+from sft.batches import even, share_of_batch
+from sft.packing import Example, microbatches, pack, plan_rows
+
+LENGTH = 48
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    return [
+        Example(rng.integers(1, 64, n).tolist(), (rng.random(n) < 0.6).astype(float).tolist())
+        for n in rng.integers(4, LENGTH + 1, count)
+    ]
+
+
+def stack(parts: list) -> list[np.ndarray]:
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_shares_of_a_batch_are_the_batch(rows: int, parts: int) -> None:
+    data = examples(60)
+    plan = plan_rows(data, LENGTH, LENGTH)[:rows]
+    assert len(plan) == rows
+    members = [data[i] for row in plan for i in row]
+    order = plan_rows(members, LENGTH, LENGTH)
+    want = microbatches(pack(members, LENGTH, LENGTH), 4)
+    shares = [
+        share_of_batch(members, order, 4, Share(part, parts), LENGTH, LENGTH)
+        for part in range(parts)
+    ]
+    assert {len(share) for share in shares} == {len(want)}
+    for i, batch in enumerate(want):
+        found = stack([share[i] for share in shares])
+        for a, b in zip(found, batch, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_rows_that_cannot_be_shared_evenly_are_refused() -> None:
+    with pytest.raises(InputError, match="multiple of 3"):
+        Share(0, 3).rows(8)
+
+
+def test_hosts_with_fewer_batches_pass_padding() -> None:
+    batches = microbatches(pack(examples(3), LENGTH, LENGTH), 2)
+    filled = even(batches, len(batches) + 2)
+    assert len(filled) == len(batches) + 2
+    assert not filled[-1].weight.any() and filled[-1].tokens.shape == batches[0].tokens.shape
