@@ -48,7 +48,7 @@ def token_logprobs(
     Returns (logprobs [N], entropies [N]) float32 in nats. Differentiable in hidden and head; the
     devices of a tensor group get the same numbers, and the same derivatives must come back to each.
     """
-    chunk = _even(head.shape[1], chunk)
+    chunk = even_chunk(head.shape[1], chunk)
     targets = targets - index(TENSOR) * head.shape[1]  # outside 0..V/tensor-1: of another device
     return _token_logprobs(chunk, hidden, head, targets, jnp.float32(1.0) / temperature)
 
@@ -56,7 +56,7 @@ def token_logprobs(
 @functools.partial(jax.jit, static_argnames=("chunk",))
 def likeliest(hidden: jax.Array, head: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
     """The vocabulary entry [N] int32 with the largest logit, the lowest of several; as above."""
-    chunk = _even(head.shape[1], chunk)
+    chunk = even_chunk(head.shape[1], chunk)
 
     def body(
         best: tuple[jax.Array, jax.Array], start: jax.Array
@@ -73,7 +73,7 @@ def likeliest(hidden: jax.Array, head: jax.Array, *, chunk: int = CHUNK) -> jax.
     return jax.lax.scan(body, first, starts)[0][1]
 
 
-def _even(v: int, most: int) -> int:
+def even_chunk(v: int, most: int) -> int:
     """The length of v's chunks if all are alike; in whole registers (128) where there are several.
 
     The last chunk overlaps the one before it, and what overlaps is computed twice.

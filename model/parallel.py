@@ -6,9 +6,10 @@ place that can be read; there are no others. On an axis that the mesh does not h
 ``shard_map``, each of them does nothing.
 
 The derivative of a call is the collective that mathematics asks for when the objective is the sum
-over all devices of what each one computes: ``gather`` and ``scatter_sum`` are each other's. Both
-have an axis of their own for the devices, in front: XLA for TPUs turns some scatters of a part of
-an axis into a sum of everything and a slice, twice the bytes.
+over all devices of what each one computes: ``gather`` and ``scatter_sum`` are each other's.
+
+Both have two forms, and ``_in_front`` chooses: XLA for TPUs turns some scatters into a sum of
+everything and a slice, twice the bytes (``tests/tools/plan/test_collectives.py`` counts them).
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def gather(x: jax.Array, axes: tuple[str, ...] | str, dim: int) -> jax.Array:
     axes = here(axes)
     if not axes:
         return x
+    if not _in_front(x, axes, dim):
+        return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
     pieces = jnp.moveaxis(jax.lax.all_gather(x, axes), 0, dim)
     return pieces.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
@@ -63,8 +66,19 @@ def scatter_sum(x: jax.Array, axes: tuple[str, ...] | str, dim: int) -> jax.Arra
     axes = here(axes)
     if not axes:
         return x
+    if not _in_front(x, axes, dim):
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     pieces = x.reshape(*x.shape[:dim], count(axes), -1, *x.shape[dim + 1 :])
     return jax.lax.psum_scatter(jnp.moveaxis(pieces, dim, 0), axes)
+
+
+def _in_front(x: jax.Array, axes: tuple[str, ...], dim: int) -> bool:
+    """Whether the devices get an axis of their own before all others.
+
+    Then matrices are scattered without padding, and so are the tokens of one row. Those of several
+    rows must stay where they are, or all of them are summed.
+    """
+    return axes != (TENSOR,) or math.prod(x.shape[:dim]) == 1
 
 
 def total(x: jax.Array, axes: tuple[str, ...] | str) -> jax.Array:

@@ -8,12 +8,13 @@ import importlib
 # what -> (module with `main(argv) -> int`, one line of help)
 BENCHES = {
     "model": ("tools.bench.model", "train step, log-probabilities and sampling, tokens a second"),
+    "plan": ("tools.bench.plan", "a train step compiled for a TPU slice: memory, bytes sent"),
 }
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend bench {model}`."""
-    lines = "\n".join(f"  {what}  {text}" for what, (_, text) in BENCHES.items())
+    """Run `remend bench {model,plan}`."""
+    lines = "\n".join(f"  {what:<5}  {text}" for what, (_, text) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="remend bench",
         usage="remend bench WHAT [options]",

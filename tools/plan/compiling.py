@@ -49,11 +49,14 @@ def compile_to_text(lowered: Lowered, **options: str | bool) -> tuple[Compiled, 
             if found is None:
                 raise
             raise found from None
-        return compiled, _text(Path(folder), _FINAL)
+        return compiled, text_in(Path(folder))
 
 
-def _text(folder: Path, pattern: str) -> str:
-    """The text of the program: helpers that run on the device have smaller modules of their own."""
+def text_in(folder: Path, pattern: str = _FINAL) -> str:
+    """The program's text among what libtpu has written into a folder.
+
+    Helpers that run on the device have modules of their own, which are smaller.
+    """
     texts = sorted(folder.glob(pattern), key=lambda path: path.stat().st_size)
     if not texts:
         raise RuntimeError(f"libtpu wrote no {pattern} into {folder}")
@@ -67,4 +70,4 @@ def _out_of_memory(message: str, folder: Path) -> OutOfMemory | None:
     # "… required for HLO temporaries (22.19G) exceeds …", "Used 22.19G of 15.75G hbm. …"
     told = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
     size = float(told[1]) * 1024 ** (1 + "KMGT".index(told[2])) if told else 0.0
-    return OutOfMemory(_text(folder, _OPTIMISED), size)
+    return OutOfMemory(text_in(folder, _OPTIMISED), size)

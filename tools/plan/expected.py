@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from model.logprobs import CHUNK, _even
+from model.logprobs import CHUNK, even_chunk
 from model.parallel import CONTEXT, ROWS, TENSOR, WEIGHTS
 from tools.plan.figures import Figures, figures
 from tools.plan.flops import adapter_parameters, per_token
@@ -101,7 +101,7 @@ def _collectives(job: Job, place: Placement, *, training: bool) -> Iterator[Coll
     make = _Maker(place, c.dtype)
 
     vocabulary = c.vocab_size // tensor
-    chunk = _even(vocabulary, CHUNK)
+    chunk = even_chunk(vocabulary, CHUNK)
     head = c.hidden_size * math.ceil(vocabulary / chunk) * chunk * wide
     layer = (matrices(c) + adapter_parameters(c)) / tensor * wide
     trained = adapter_parameters(c) / tensor * wide if c.lora else layer

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from model.attention import QUERY_BLOCK
 from model.config import Qwen3Config
-from model.logprobs import CHUNK, _even
+from model.logprobs import CHUNK, even_chunk
 from model.splash import BLOCK as SPLASH_BLOCK
 from model.splash import LANES
 
@@ -146,7 +146,7 @@ def _matmuls_again(config: Qwen3Config) -> float:
 
 def _overlap(v: int) -> float:
     """Logits that are computed for each that there is (``model/logprobs.py``)."""
-    chunk = _even(v, CHUNK)
+    chunk = even_chunk(v, CHUNK)
     return math.ceil(v / chunk) * chunk / v
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import Qwen3Config
-from model.logprobs import CHUNK, _even
+from model.logprobs import CHUNK, even_chunk
 from tools.plan.flops import adapter_parameters, layer_parameters
 
 GIB = 2**30
@@ -96,7 +96,7 @@ def estimate(
     tokens = rows * length / context
     everything = _layer_width(config, "none", tensor, wide)
     inner = _inner(config) / tensor
-    chunk = _even(config.vocab_size // tensor, CHUNK)
+    chunk = even_chunk(config.vocab_size // tensor, CHUNK)
     saved = _layer_width(config, config.remat, tensor, wide)
     widest = wide * (2 * inner + config.hidden_size)  # gradients of the MLP's parts
     parts = {

@@ -40,7 +40,8 @@ def _programs(plan: dict[str, Any]) -> Table:
     table = Table(
         title=f"{plan['stage']} on {plan['topology']}, {mesh or 'one device'}: "
         f"{plan['rows']} rows of {plan['row_tokens']} tokens, {plan['microbatch_rows']} at a time",
-        box=box.SIMPLE,
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
     columns = ("program", "runs", "args", "temps", "GiB", "TFLOP", "compute", "hbm", "ici", "dcn s")
     for column in columns:

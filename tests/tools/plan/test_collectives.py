@@ -119,13 +119,10 @@ def test_fsdp(optimised):
         (AGAIN, "all-gather", "fsdp"): MATRICES,
         # the sum of its gradient, each device its part
         (BACKWARD, "reduce-scatter", "fsdp"): MATRICES,
-        # two of these the compiler runs beside products, in padded parts whose seams it mends
-        (BACKWARD, "collective-permute", "fsdp"): 2,
         # the same for the head, a chunk of the vocabulary at a time
         (HEAD, "all-gather", "fsdp"): 1,
         (HEAD_BACKWARD, "all-gather", "fsdp"): 1,
         (HEAD_BACKWARD, "reduce-scatter", "fsdp"): 1,
-        (HEAD_BACKWARD, "collective-permute", "fsdp"): 1,
         # embeddings: ids go to all, channels come back, and their gradients go
         (ENDS, "all-gather", "fsdp"): 1,
         (ENDS, "all-to-all", "fsdp"): 1,
@@ -154,7 +151,6 @@ def test_fsdp_and_tensor(optimised):
         (HEAD, "all-gather", "fsdp"): 1,
         (HEAD_BACKWARD, "all-gather", "fsdp"): 1,
         (HEAD_BACKWARD, "reduce-scatter", "fsdp"): 1,
-        (HEAD_BACKWARD, "collective-permute", "fsdp"): 1,
         # embeddings: the ids of all tokens in two steps; a sum over parts of the vocabulary
         (ENDS, "all-gather", "fsdp"): 1,
         (ENDS, "all-to-all", "fsdp"): 1,
@@ -192,13 +188,11 @@ def test_fsdp_context_and_tensor(optimised):
         # the derivatives of the halves; k, v and ids around (the first time was made above), and
         # with them dk and dv, which then go home; two seams as on fsdp alone
         (BACKWARD, "collective-permute", "context"): 8 + 6 + 3 + 8,
-        (BACKWARD, "collective-permute", both): 2,
         # ids in the forward pass, once for all layers: both halves, then around
         (ENDS, "collective-permute", "context"): 2 + 4,
         (HEAD, "all-gather", both): 1,
         (HEAD_BACKWARD, "all-gather", both): 1,
         (HEAD_BACKWARD, "reduce-scatter", both): 1,
-        (HEAD_BACKWARD, "collective-permute", both): 1,
         (ENDS, "all-gather", both): 1,
         (ENDS, "all-to-all", both): 1,
         (ENDS_BACKWARD, "all-to-all", both): 1,
@@ -244,10 +238,10 @@ def test_slices(optimised):
     ],
 )
 def test_the_formulas_say_the_same_bytes(optimised, topology, axes):
-    """Those that rank what is not compiled: padding and seams are all that they leave out."""
+    """Those that rank what is not compiled."""
     wanted = job(topology, **axes)
     made = optimised(wanted)
     mesh = make_mesh(wanted.mesh, devices(wanted.slice))
     guess = expected(wanted, placement(mesh, wanted.slice))[STEP]
     assert guess.flops == pytest.approx(made.flops, rel=1e-3)
-    assert guess.sent == pytest.approx(sum(row.sent for row in made.collectives), rel=0.06)
+    assert guess.sent == pytest.approx(sum(row.sent for row in made.collectives), rel=0.04)
