@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 _WAIT_MS = 2000  # in one call: in between, signals are answered
+_TURN = "remend/turn"
 _turns = itertools.count()
 
 
@@ -45,17 +46,14 @@ def agree(value: Any) -> list[Any]:
     """What each host gave (JSON), by host. Every host calls it, in the same order."""
     if host_count() == 1:
         return [value]
-    shared, key = store(), f"remend/turn/{next(_turns)}"
-    shared.key_value_set(f"{key}/{host_index()}", json.dumps(value))
+    shared, turn = store(), next(_turns)
+    shared.key_value_set(f"{_TURN}/{turn}/{host_index()}", json.dumps(value))
     if host_index() == 0:
-        given = [_wait_for(shared, f"{key}/{host}") for host in range(host_count())]
-        shared.key_value_set(f"{key}/all", f"[{','.join(given)}]")
-    found = json.loads(_wait_for(shared, f"{key}/all"))
-    if host_index() == 0 and key.rpartition("/")[2] != "0":
+        given = [_wait_for(shared, f"{_TURN}/{turn}/{host}") for host in range(host_count())]
+        shared.key_value_set(f"{_TURN}/{turn}/all", f"[{','.join(given)}]")
         # all hosts have come to this turn, so they have read the one before
-        prefix, _, turn = key.rpartition("/")
-        shared.key_value_delete(f"{prefix}/{int(turn) - 1}")
-    return found
+        shared.key_value_delete(f"{_TURN}/{turn - 1}")
+    return json.loads(_wait_for(shared, f"{_TURN}/{turn}/all"))
 
 
 def _wait_for(shared: Any, key: str) -> str:

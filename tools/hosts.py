@@ -133,12 +133,13 @@ def _start(hosts: HostSpec) -> None:
 
 def _check_port(port: int) -> None:
     """Refuse a port that is taken: JAX crashes on it."""
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("::", port))
-        except OSError as error:
-            raise InputError(f"--coordinator: port {port} here: {error.strerror}") from None
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise InputError(f"--coordinator: port {port} on this host: {reason}") from None
 
 
 def _keep_stdout() -> None:
