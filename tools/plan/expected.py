@@ -25,7 +25,7 @@ _REPLICAS = ("slice", "data")
 
 
 def expected(job: Job, place: Placement) -> dict[str, Figures]:
-    """Figures by program, as ``tools.plan.programs`` has them, with nothing compiled."""
+    """Figures of the programs of an update, with nothing compiled."""
     names = [STEP, REFERENCE] if job.reference else [STEP]
     return {name: _figures(job, place, training=name == STEP) for name in names}
 
@@ -56,6 +56,7 @@ def _figures(job: Job, place: Placement, *, training: bool) -> Figures:
         microbatches=job.microbatches,
         targets=job.targets,
         training=training,
+        offload=job.optimizer.offload,
     )
     found = per_token(job.model, job.tokens, targets=job.targets, mesh=sizes, training=training)
     times = job.microbatches if training else 1

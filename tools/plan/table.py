@@ -29,6 +29,11 @@ def show(plan: dict[str, Any], console: Console) -> None:
         f"an update takes at least {plan['least_s']:.2f} s, bound by {plan['step_s']['bound']}: "
         f"at most {100 * plan['mfu_ceiling']:.0f} % MFU, {plan['tokens_per_s']:,.0f} tokens/s"
     )
+    export = plan["export"]
+    console.print(
+        f"a snapshot sends {export['bytes'] / 1e9:.1f} GB a chip, largest: {export['largest']}, "
+        f"{export['hbm_gib']:.2f} GiB with what lies there"
+    )
     for note in plan["notes"]:
         console.print(f"note: {note}", style="dim")
     kept = "from the cache" if plan["cached"] else f"compiled in {plan['compile_s']:.0f} s"
@@ -77,4 +82,4 @@ def _collectives(plan: dict[str, Any]) -> Table:
 
 
 def _si(value: float) -> str:
-    return f"{value / 1e12:,.1f} T"
+    return f"{value / 1e12:,.1f} T" if value >= 1e11 else f"{value / 1e9:,.1f} G"
