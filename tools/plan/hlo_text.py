@@ -166,7 +166,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
-_WORD = re.compile(r'"[^"]*"|mesh\[[^\]]*\] \{[^}]*\}|\S+?(?=,\s|\s|$)')
+_WORD = re.compile(r'"[^"]*"|mesh\[[^\]]*\](?:, device_ids=\(\S*\))? \{[^}]*\}|\S+?(?=,\s|\s|$)')
 _END = re.compile(r"^\}(, execution_thread=|$)")  # there are threads of the SparseCores
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
