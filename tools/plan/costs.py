@@ -54,12 +54,13 @@ class Costs:
 
     @property
     def largest(self) -> Part:
-        """The program that needs most memory."""
-        return max(self.parts, key=lambda part: part.hbm)
+        """The program of an update that needs most memory."""
+        return max((part for part in self.parts if part.runs), key=lambda part: part.hbm)
 
     @property
     def fits(self) -> bool:
-        return self.largest.hbm <= FULL * self.capacity
+        """Whether all do, those too that are no part of an update."""
+        return all(part.hbm <= FULL * self.capacity for part in self.parts)
 
     @property
     def terms(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from model.sharding import param_specs
 from tools.plan.costs import FULL, Costs, Part
 from tools.plan.figures import Traffic
 from tools.plan.memory import BYTES, GIB
-from tools.plan.programs import EXPORT, STEP, largest_tensor
+from tools.plan.programs import EXPORT, largest_tensor
 
 
 def summary(costs: Costs, estimate: Costs) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def summary(costs: Costs, estimate: Costs) -> dict[str, Any]:
             "capacity": costs.capacity / GIB,
             "limit": FULL * costs.capacity / GIB,
             "program": largest.name,
-            "estimate": _hbm(by_name.get(largest.name, by_name[STEP])),
+            "estimate": _hbm(by_name[largest.name]),
         },
         "flops_per_chip": costs.flops,
         "flops_expected": costs.flops_done,
@@ -150,6 +150,9 @@ def _export(costs: Costs) -> dict[str, Any]:
 
 def _notes(costs: Costs) -> list[str]:
     found = {f"{part.name}: {note}": None for part in costs.parts for note in part.figures.notes}
+    for part in costs.parts:
+        if not part.runs and part.hbm > FULL * costs.capacity:
+            found[f"{part.name} does not fit: {part.hbm / GIB:.2f} GiB"] = None
     if costs.largest.figures.hbm > costs.capacity:
         found["the compiler gave up for want of memory: the figures are of its last attempt"] = None
     return list(found)
