@@ -11,6 +11,9 @@ from rich.table import Table
 
 def show(plan: dict[str, Any], console: Console) -> None:
     """Print what ``tools.plan.summary.summary`` gives."""
+    if "search" in plan:
+        console.print(_ranking(plan["search"]))
+        console.print(f"the best: {' '.join(plan['choice'])}", soft_wrap=True)
     console.print(_programs(plan))
     console.print(_collectives(plan))
     hbm = plan["hbm_gib"]
@@ -20,6 +23,14 @@ def show(plan: dict[str, Any], console: Console) -> None:
         f"{verdict}: {hbm['total']:.2f} GiB of {hbm['capacity']:.2f}, {share:.0f} % "
         f"(at most 90 %; by formula {hbm['estimate']['total']:.2f} GiB)"
     )
+    if near := plan.get("nearest"):
+        how = "compiled" if near["compiled"] else "by formula"
+        console.print(
+            f"it would with {' '.join(near['changes'])}: {near['hbm_gib']:.2f} GiB, {how}",
+            soft_wrap=True,
+        )
+    elif not plan["fits"]:
+        console.print("no other rows at a time, remat or mesh makes it fit: take more chips")
     ratio = plan["flops_per_chip"] / plan["flops_expected"]
     console.print(
         f"FLOPs a chip: {_si(plan['flops_per_chip'])} compiled, {_si(plan['flops_expected'])} by "
@@ -60,6 +71,29 @@ def _programs(plan: dict[str, Any]) -> Table:
             f"{row['flops_per_chip'] / 1e12:.1f}",
             *(f"{seconds[name]:.3f}" for name in ("compute", "hbm", "ici", "dcn")),
         )
+    return table
+
+
+def _ranking(rows: list[dict[str, Any]]) -> Table:
+    """The choices of a search, by formula and as compiled."""
+    table = Table(
+        title="choices (slice, data, fsdp, context, tensor), the fastest by formula first",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    for column in ("mesh", "remat", "attention", "rows", "GiB", "s", "MFU", "GiB ", "s ", "MFU "):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        values = [choice.partition("=")[2] for choice in row["choice"]]
+        cells = [" ".join(values[:-3]), *values[-3:]]
+        for found in (row["estimate"], row["compiled"]):
+            if found is None:
+                cells += ["", "", ""]
+                continue
+            fits = "" if found["fits"] else "[red]"
+            seconds, share = found["least_s"], 100 * found["mfu_ceiling"]
+            cells += [f"{fits}{found['hbm_gib']:.1f}", f"{seconds:.2f}", f"{share:.0f} %"]
+        table.add_row(*cells)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 
 pytest.importorskip("libtpu")
 
+from rich.console import Console
+
 from model.config import Qwen3Config
 from tools.cli import main
+from tools.plan.table import show
 
 SMALL = Qwen3Config(
     vocab_size=2048,
@@ -113,7 +117,10 @@ def test_what_would_fit(capsys, config):
     assert found["hbm_gib"]["total"] > 0.9 * 15.75
     assert found.keys() >= CONTRACT
     assert any("gave up" in note for note in found["notes"])
+    shown = io.StringIO()
+    show(found, Console(file=shown, width=80))
     near = found["nearest"]
+    assert f"it would with {near['changes'][0]}" in shown.getvalue()
     assert len(near["changes"]) == 1 and near["compiled"]
     assert near["hbm_gib"] <= 0.9 * 15.75
 
@@ -159,6 +166,9 @@ def test_search(capsys, config):
     bounds = [row["estimate"]["least_s"] for row in found["search"]]
     assert bounds == sorted(bounds)
     assert first["compiled"]["hbm_gib"] == pytest.approx(found["hbm_gib"]["total"])
+    shown = io.StringIO()
+    show(found, Console(file=shown, width=80))
+    assert f"the best: {' '.join(found['choice'])}" in shown.getvalue().replace("\n", " ")
     # what it found is what a config would say
     code, again, _ = plan(capsys, config, *found["choice"])
     assert code == 0 and again["cached"] and again["mesh"] == found["mesh"]
