@@ -339,14 +339,15 @@ def to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     if leaf.is_fully_addressable:
         if len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu":
             return np.asarray(leaf)[index]  # a view
-        return np.asarray(_pick(leaf, jnp.asarray(index, jnp.int32)) if index else leaf)
+        return np.asarray(pick(leaf, jnp.asarray(index, jnp.int32)) if index else leaf)
     whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
-    picked = jax.jit(_pick, out_shardings=whole)(leaf, jnp.asarray(index, jnp.int32))
+    picked = jax.jit(pick, out_shardings=whole)(leaf, jnp.asarray(index, jnp.int32))
     return np.asarray(picked.addressable_data(0))
 
 
 @jax.jit
-def _pick(leaf: jax.Array, index: jax.Array) -> jax.Array:
+def pick(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """Entry ``index`` [k] int32 of the first k axes."""
     for i in range(index.shape[0]):
         leaf = jax.lax.dynamic_index_in_dim(leaf, index[i], 0, keepdims=False)
     return leaf

@@ -92,8 +92,8 @@ def _balance(x: jax.Array, axis: int) -> jax.Array:
     """
     n = jax.lax.axis_size(AXIS)
     first, second = jnp.split(x, 2, axis)
-    first = jax.lax.ppermute(first, AXIS, [(i, _home(2 * i, n)) for i in range(n)])
-    second = jax.lax.ppermute(second, AXIS, [(i, _home(2 * i + 1, n)) for i in range(n)])
+    first = jax.lax.ppermute(first, AXIS, [(i, home_of(2 * i, n)) for i in range(n)])
+    second = jax.lax.ppermute(second, AXIS, [(i, home_of(2 * i + 1, n)) for i in range(n)])
     even = jax.lax.axis_index(AXIS) % 2 == 0
     return jnp.stack([jnp.where(even, first, second), jnp.where(even, second, first)])
 
@@ -103,12 +103,12 @@ def _unbalance(x: jax.Array, axis: int) -> jax.Array:
     n = jax.lax.axis_size(AXIS)
     even = jax.lax.axis_index(AXIS) % 2 == 0
     first, second = jnp.where(even, x[0], x[1]), jnp.where(even, x[1], x[0])
-    first = jax.lax.ppermute(first, AXIS, [(_home(2 * i, n), i) for i in range(n)])
-    second = jax.lax.ppermute(second, AXIS, [(_home(2 * i + 1, n), i) for i in range(n)])
+    first = jax.lax.ppermute(first, AXIS, [(home_of(2 * i, n), i) for i in range(n)])
+    second = jax.lax.ppermute(second, AXIS, [(home_of(2 * i + 1, n), i) for i in range(n)])
     return jnp.concatenate([first, second], axis)
 
 
-def _home(chunk: int, n: int) -> int:
+def home_of(chunk: int, n: int) -> int:
     """The device that works on this chunk."""
     return min(chunk, 2 * n - 1 - chunk)
 

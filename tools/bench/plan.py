@@ -103,9 +103,9 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     )
     mesh = MeshConfig(fsdp=options.fsdp, tensor=options.tensor, topology=options.topology)
     job = Job(model, mesh, options.rows, options.rows, options.tokens, 0, OptimizerConfig())
-    (part,) = compiled(job, _say).parts
+    step = compiled(job, _say).parts[0].figures
     versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
-    return {"figures": part.figures, "versions": versions}
+    return {"figures": step, "versions": versions}
 
 
 class _Failed(Exception):

@@ -28,7 +28,7 @@ _ONLY_SHOW = {"cli.py", "summary.py", "table.py", "search.py", "nearest.py", "ca
 
 def key_of(job: Job, program: str) -> str:
     """A name that is the same for the same program, counted the same way, on the same chips."""
-    said = json.dumps([asdict(job), program, _versions(), _sources()], sort_keys=True)
+    said = json.dumps([asdict(job), program, versions(), _sources()], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
@@ -50,7 +50,8 @@ def _path(key: str) -> Path:
     return cache_dir() / "plan" / "programs" / f"{key}.json"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that a program depends on."""
     found: dict[str, Any] = {}
     for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
         try:

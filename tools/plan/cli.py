@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
     """Plan; print a table, or one JSON object."""
     args = _parse(argv)
     from configs.files import write_atomic
+    from tools.plan.cache import versions
     from tools.plan.job import read_job
 
     job = read_job(
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         plan = search(job, args.compile, _say)
     else:
         plan = _plan(job)
-    plan = {"config": str(args.config), "overrides": args.overrides, **plan}
+    plan = {"config": str(args.config), "overrides": args.overrides, **plan, "versions": versions()}
     path = (args.out or _folder(args.config, plan)) / "plan.json"
     write_atomic(path, json.dumps(plan, indent=1) + "\n")
     if args.json:

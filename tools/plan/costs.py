@@ -11,7 +11,7 @@ from tools.plan.figures import Figures, measured
 from tools.plan.job import Job
 from tools.plan.memory import GIB
 from tools.plan.placement import Placement
-from tools.plan.programs import REFERENCE, STEP, programs
+from tools.plan.programs import EXPORT, REFERENCE, STEP, names, programs
 from tools.plan.topology import devices, placement
 
 FULL = 0.9  # of the chip's memory: a program that takes more is not said to fit
@@ -54,18 +54,19 @@ class Costs:
 
     @property
     def largest(self) -> Part:
-        """The program that needs most memory."""
-        return max(self.parts, key=lambda part: part.hbm)
+        """The program of an update that needs most memory."""
+        return max((part for part in self.parts if part.runs), key=lambda part: part.hbm)
 
     @property
     def fits(self) -> bool:
-        return self.largest.hbm <= FULL * self.capacity
+        """Whether all do, those too that are no part of an update."""
+        return all(part.hbm <= FULL * self.capacity for part in self.parts)
 
     @property
     def terms(self) -> dict[str, float]:
         """Seconds that each part of the machine needs for an update."""
-        names = self.parts[0].figures.terms
-        return {n: sum(p.runs * p.figures.terms[n] for p in self.parts) for n in names}
+        of = self.parts[0].figures.terms
+        return {n: sum(p.runs * p.figures.terms[n] for p in self.parts) for n in of}
 
     @property
     def seconds(self) -> float:
@@ -104,8 +105,7 @@ def compiled(job: Job, say: Callable[[str], None]) -> Costs:
     from model.sharding import make_mesh
 
     job.check()
-    names = [STEP, REFERENCE] if job.reference else [STEP]
-    keys = {name: key_of(job, name) for name in names}
+    keys = {name: key_of(job, name) for name in names(job)}
     found = {name: recall(key) for name, key in keys.items()}
     missing = [name for name, figures in found.items() if figures is None]
     if missing:
@@ -131,9 +131,13 @@ def _costs(job: Job, figures: dict[str, Figures], *, cached: bool = False) -> Co
         STEP: figures[REFERENCE].arguments if job.reference else 0.0,
         REFERENCE: figures[STEP].arguments,
     }
+    if EXPORT in figures:  # its argument is one of the step's
+        resident[EXPORT] = sum(resident.values()) - figures[EXPORT].arguments
     parts = []
     for name, found in figures.items():
-        model, done = flops_on_device(job, training=name == STEP)
-        runs = 1 if name == STEP else job.microbatches
+        model = done = 0.0
+        if name != EXPORT:
+            model, done = flops_on_device(job, training=name == STEP)
+        runs = {STEP: 1, REFERENCE: job.microbatches, EXPORT: 0}[name]
         parts.append(Part(name, runs, found, resident[name], model, done))
     return Costs(job, tuple(parts), cached)

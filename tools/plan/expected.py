@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from model.logprobs import CHUNK, even_chunk
 from model.parallel import CONTEXT, ROWS, TENSOR, WEIGHTS
+from model.ring import home_of
 from tools.plan.figures import Figures, figures
 from tools.plan.flops import adapter_parameters, per_token
 from tools.plan.groups import Groups
@@ -25,7 +26,7 @@ _REPLICAS = ("slice", "data")
 
 
 def expected(job: Job, place: Placement) -> dict[str, Figures]:
-    """Figures by program, as ``tools.plan.programs`` has them, with nothing compiled."""
+    """Figures of the programs of an update, with nothing compiled."""
     names = [STEP, REFERENCE] if job.reference else [STEP]
     return {name: _figures(job, place, training=name == STEP) for name in names}
 
@@ -56,6 +57,7 @@ def _figures(job: Job, place: Placement, *, training: bool) -> Figures:
         microbatches=job.microbatches,
         targets=job.targets,
         training=training,
+        offload=job.optimizer.offload,
     )
     found = per_token(job.model, job.tokens, targets=job.targets, mesh=sizes, training=training)
     times = job.microbatches if training else 1
@@ -122,7 +124,13 @@ def _collectives(job: Job, place: Placement, *, training: bool) -> Iterator[Coll
         yield from make("reduce-scatter", (TENSOR,), stream, layers * 2 + repeats)
 
     if sizes[CONTEXT] > 1:
-        yield from make("collective-permute", (CONTEXT,), _ring(job, training), layers)
+        balance, around = _ring(job, training)
+        ring = range(sizes[CONTEXT])
+        for half in (0, 1):
+            pairs = make.pairs(CONTEXT, [home_of(2 * i + half, len(ring)) for i in ring])
+            yield from make("collective-permute", (CONTEXT,), balance / 2, layers, pairs)
+        pairs = make.pairs(CONTEXT, [(i + 1) % len(ring) for i in ring])
+        yield from make("collective-permute", (CONTEXT,), around, layers, pairs)
     if training:
         shards = math.prod(sizes[a] for a in (*WEIGHTS, TENSOR))
         gradient = (
@@ -132,18 +140,19 @@ def _collectives(job: Job, place: Placement, *, training: bool) -> Iterator[Coll
             yield from make("all-reduce", (axis,), gradient * BYTES[c.param_dtype])
 
 
-def _ring(job: Job, training: bool) -> float:
-    """Bytes that a device passes on in one layer, in ``model/ring.py``."""
+def _ring(job: Job, training: bool) -> tuple[float, float]:
+    """Bytes that a device sends in one layer of ``model/ring.py``: to share the work out evenly
+    and back, and around the ring."""
     c, n = job.model, job.mesh.context
     tokens, wide = _tokens(job), BYTES[c.dtype]
     queries = tokens * c.num_attention_heads * c.head_dim / job.mesh.tensor * wide
     keys = 2 * tokens * c.num_key_value_heads * c.head_dim / job.mesh.tensor * wide
     balance, around = 2 * queries + keys, n * keys
     if not training:
-        return balance + around
-    again = {"none": 0.0, "attention": queries + keys}.get(c.remat, balance + around)
+        return balance, around
+    again = {"none": (0.0, 0.0), "attention": (queries + keys, 0.0)}.get(c.remat, (balance, around))
     # their gradients travel with keys and values, in float32
-    return 2 * balance + around + again + around * (1 + 4 / wide)
+    return 2 * balance + again[0], around * (2 + 4 / wide) + again[1]
 
 
 class _Maker:
@@ -153,15 +162,22 @@ class _Maker:
         self._place, self._dtype = place, dtype
 
     def __call__(
-        self, kind: str, axes: tuple[str, ...], size: float, count: float = 1.0
+        self,
+        kind: str,
+        axes: tuple[str, ...],
+        size: float,
+        count: float = 1.0,
+        pairs: Groups | None = None,
     ) -> Iterator[Collective]:
-        """``count`` of them with ``size`` bytes each; nothing where the axes are of one device."""
+        """``count`` of them with ``size`` bytes each; nothing where the axes are of one device.
+
+        ``pairs``: who sends to whom, of a permute.
+        """
         place = self._place
         axes = tuple(a for a in axes if place.along([a]) > 1)
         devices = place.along(axes)
         if devices == 1 or not size:
             return
-        permute = kind == "collective-permute"
         yield Collective(
             kind=kind,
             dtype=self._dtype,
@@ -172,7 +188,7 @@ class _Maker:
             count=count,
             bytes=size * count,
             sent=size * count * SENT[kind](devices),
-            groups=self._pairs(axes[0]) if permute else (self._group(axes),),
+            groups=(self._group(axes),) if pairs is None else pairs,
         )
 
     def _group(self, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -184,12 +200,12 @@ class _Maker:
         ]
         return tuple(place.number(at) for at in itertools.product(*spans))
 
-    def _pairs(self, axis: str) -> Groups:
-        """Everyone and the next along an axis."""
+    def pairs(self, axis: str, to: Sequence[int]) -> Groups:
+        """Everyone whom ``to`` sends to another along an axis, and that other."""
         place, which = self._place, self._place.names.index(axis)
         out = []
         for device in range(place.count):
             at = list(place.place(device))
-            at[which] = (at[which] + 1) % place.sizes[which]
+            at[which] = to[at[which]]
             out.append((device, place.number(at)))
-        return tuple(out)
+        return tuple((source, target) for source, target in out if source != target)

@@ -105,7 +105,9 @@ def per_token(
     layers, heads = config.num_hidden_layers, config.num_attention_heads * config.head_dim
     layer, adapters = layer_parameters(config), adapter_parameters(config)
     head = config.hidden_size * config.vocab_size * (targets or length) / length
-    overlap = _overlap(config.vocab_size // mesh.get("tensor", 1))
+    vocabulary = config.vocab_size // mesh.get("tensor", 1)
+    chunk = even_chunk(vocabulary, CHUNK)
+    overlap = math.ceil(vocabulary / chunk) * chunk / vocabulary
     pair = 2.0 * layers * heads  # one product, for each pair of tokens
     seen, visited = (segment or length) / 2, _visited(config.attention, length, mesh)
     forward = 2.0 * (layers * (layer + adapters) + head)
@@ -118,7 +120,8 @@ def per_token(
     matmul = times * (layers * layer + head) + 6.0 * layers * adapters
     again = _matmuls_again(config)
     done = times * layers * layer + 6.0 * layers * adapters + 2.0 * layers * again
-    done += (times + 2.0) * overlap * head  # logits are never kept
+    # logits of several chunks are not kept; those of one the compiler does not make twice
+    done += (times + 2.0 * (chunk < vocabulary)) * overlap * head
     products = 2 + _BACKWARD[config.attention]
     if config.remat in ("full", "offload", "dots"):
         products += 2
@@ -142,12 +145,6 @@ def _matmuls_again(config: Qwen3Config) -> float:
     # of a mixture that of the router's weights does
     experts = 3 * config.num_experts_per_tok * d * config.moe_intermediate_size
     return experts + d * config.num_experts if config.remat == "dots" else whole
-
-
-def _overlap(v: int) -> float:
-    """Logits that are computed for each that there is (``model/logprobs.py``)."""
-    chunk = even_chunk(v, CHUNK)
-    return math.ceil(v / chunk) * chunk / v
 
 
 def _visited(attention: str, length: int, mesh: Mapping[str, int]) -> float:

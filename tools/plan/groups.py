@@ -15,7 +15,8 @@ def replica_groups(text: str, count: int) -> Groups:
     ``{{0,1},{2,3}}`` lists them, ``{}`` is one group of all, and ``[2,4]<=[4,2]T(1,0)`` cuts the
     devices 0, 1, …, laid out as [4, 2] and transposed, into 2 groups of 4
     (https://openxla.org/xla/shardings, "iota tile assignment"). ``mesh['x'=2,'y'=4] {'y'}`` is a
-    group for each place along the axes that are not named; ``y:(2)2`` is the inner half of y.
+    group for each place along the axes that are not named; ``y:(2)2`` is the inner half of y, and
+    ``, device_ids=([4,2]T(1,0))`` in between says which devices lie on that mesh, as above.
     """
     if text.startswith("mesh["):
         return _mesh_groups(text)
@@ -35,11 +36,13 @@ def replica_groups(text: str, count: int) -> Groups:
 
 def _mesh_groups(text: str) -> Groups:
     """The groups of a mesh and some of its axes, or of parts of them."""
-    found = re.fullmatch(r"mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    found = re.fullmatch(
+        r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text
+    )
     axes = re.findall(r"'([^']+)'=(\d+)", found[1] if found else "")
-    named = re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", found[2] if found else "")
+    named = re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", found[4] if found else "")
     sizes = {name: int(size) for name, size in axes}
-    if not sizes or "device_ids" in text or any(name not in sizes for name, _, _ in named):
+    if not sizes or any(name not in sizes for name, _, _ in named):
         raise ValueError(f"replica_groups in a notation that is not known here: {text[:200]}")
     dims: list[int] = []
     inside: list[int] = []  # dimensions along which a group extends
@@ -53,7 +56,11 @@ def _mesh_groups(text: str) -> Groups:
                 inside.append(len(dims))
             dims.append(high // low)
     outside = [d for d in range(len(dims)) if d not in inside]
-    devices = np.arange(int(np.prod(dims))).reshape(dims).transpose([*outside, *inside])
+    devices = np.arange(int(np.prod(dims)))
+    if found and found[2]:
+        devices = devices.reshape(_ints(found[2]))
+        devices = devices.transpose(_ints(found[3])) if found[3] else devices
+    devices = devices.reshape(dims).transpose([*outside, *inside])
     length = int(np.prod([dims[d] for d in inside]))
     return tuple(map(tuple, devices.reshape(-1, length).tolist()))
 

@@ -2,7 +2,8 @@
 
 Only structure is read here; what an instruction costs is the business of those who walk it. The
 format: https://github.com/openxla/xla/blob/main/xla/hlo/ir/hlo_instruction.cc, as printed with
-operands by name only.
+operands by name only. Newer jaxlibs (0.12) have a member of a tuple printed as ``%name#2`` where it
+is used; it is read as the get-tuple-element that it stands for.
 """
 
 from __future__ import annotations
@@ -162,9 +163,10 @@ def called(instruction: Instruction) -> list[str]:
 
 
 _NAME = re.compile(r"%([\w.\-]+)")
+_OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
-_WORD = re.compile(r'"[^"]*"|mesh\[[^\]]*\] \{[^}]*\}|\S+?(?=,\s|\s|$)')
+_WORD = re.compile(r'"[^"]*"|mesh\[[^\]]*\](?:, device_ids=\(\S*\))? \{[^}]*\}|\S+?(?=,\s|\s|$)')
 _END = re.compile(r"^\}(, execution_thread=|$)")  # there are threads of the SparseCores
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -188,6 +190,9 @@ def read(text: str) -> Module:
             current = None
         elif match := _LINE.match(line):
             instruction = _instruction(match[2], line[match.end() :])
+            for name in instruction.operands:
+                if "#" in name and name not in current.instructions:
+                    current.instructions[name] = _member(current, name)
             current.instructions[instruction.name] = instruction
             if match[1]:
                 current.root = instruction.name
@@ -235,11 +240,26 @@ def _instruction(name: str, rest: str) -> Instruction:
         name=name,
         opcode=opcode[1],
         elements=_elements(rest[:end]) if tuple_shaped else (_arrays(rest[:end]),),
-        operands=() if plain else tuple(_NAME.findall(inside)),
+        operands=() if plain else tuple(_OPERAND.findall(inside)),
         literal=inside if plain else "",
         attributes=rest[close + 1 :],
         config=config,
         tuple_shaped=tuple_shaped,
+    )
+
+
+def _member(where: Computation, name: str) -> Instruction:
+    """The get-tuple-element that an operand ``tuple#index`` stands for."""
+    of, _, index = name.partition("#")
+    return Instruction(
+        name=name,
+        opcode="get-tuple-element",
+        elements=(where[of].elements[int(index)],),
+        operands=(of,),
+        literal="",
+        attributes=f", index={index}",
+        config="",
+        tuple_shaped=False,
     )
 
 

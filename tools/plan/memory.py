@@ -94,7 +94,7 @@ def estimate(
         trained = 0.0
     moments = 2 * trained * (BYTES[moment_dtype] if moment_dtype else precise)
     tokens = rows * length / context
-    everything = _layer_width(config, "none", tensor, wide)
+    everything = _working_width(config, tensor, wide)
     inner = _inner(config) / tensor
     chunk = even_chunk(config.vocab_size // tensor, CHUNK)
     saved = _layer_width(config, config.remat, tensor, wide)
@@ -141,9 +141,22 @@ def _layer_width(config: Qwen3Config, remat: str, tensor: int, wide: int) -> flo
     if remat == "dots":
         # of Wo and of the last one the group's sum is kept, for own tokens
         return (3 * stream + q + 2 * kv + 2 * inner) * wide
+    # Between forward and backward pass nothing is fused: what norms, rotations (of q and k) and
+    # silu go through is kept as well, the first two in float32.
+    within = 4 * (stream + q + kv) * 4 + 2 * inner * wide
+    return _working_width(config, tensor, wide) + within
+
+
+def _working_width(config: Qwen3Config, tensor: int, wide: int) -> float:
+    """Bytes that a layer at work computes for each token, those aside that never leave the chip."""
+    d, hd = config.hidden_size, config.head_dim
+    q = config.num_attention_heads * hd / tensor
+    kv = config.num_key_value_heads * hd / tensor
+    inner = _inner(config) / tensor
+    normalisers = 4 * config.num_attention_heads / tensor
     # the residual stream twice, both inputs of products, q and k before and after their norm and
     # turned, v, attention's result, and gate, up, silu(gate) and their product
-    return (2 * stream + 2 * d + 4 * q + 4 * kv + 4 * inner) * wide + normalisers
+    return (2 * d / tensor + 2 * d + 4 * q + 4 * kv + 4 * inner) * wide + normalisers
 
 
 def _inner(config: Qwen3Config) -> int:

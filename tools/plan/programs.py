@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.hf import pick
+from model.hf_names import Tensor, tensors
+from model.qwen3 import abstract
+from model.sharding import param_specs
 from rl.loss import loss_of_rows
 from sft.learner import Learner, nll
 from sft.packing import empty_rows
@@ -15,7 +24,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.stages import Lowered
 
-STEP, REFERENCE = "step", "reference"
+STEP, REFERENCE, EXPORT = "step", "reference", "export"
 _STEPS = 1000  # updates that the learning rate is scheduled for: a constant of the program
 
 
@@ -23,7 +32,7 @@ _STEPS = 1000  # updates that the learning rate is scheduled for: a constant of 
 class Planned:
     """A program to be compiled.
 
-    runs: executions in an update.
+    runs: executions in an update; 0 where it is no part of one.
     loops: trips of its loops that depend on data.
     """
 
@@ -34,7 +43,8 @@ class Planned:
 
 
 def programs(job: Job, mesh: Mesh) -> list[Planned]:
-    """The optimisation step and, where there is a reference policy, its log-probabilities.
+    """The optimisation step, where there is a reference policy its log-probabilities, and what
+    an export does with the largest tensor.
 
     Raises InputError as ``Learner`` does.
     """
@@ -44,6 +54,7 @@ def programs(job: Job, mesh: Mesh) -> list[Planned]:
         loss_of_rows(job.loss) if job.loss else nll,
         mesh,
         job.temperature,
+        offload=job.optimizer.offload,
     )
     rows = empty_rows(
         job.microbatch_rows, job.tokens, job.targets
@@ -51,7 +62,30 @@ def programs(job: Job, mesh: Mesh) -> list[Planned]:
     # as Learner.step has it: compiled for a power of two, run as often as there are microbatches
     compiled_for = 1 << (job.microbatches - 1).bit_length()
     step, logprobs = learner.lower(rows, compiled_for)
-    out = [Planned(STEP, step, 1, {"": job.microbatches})]
+    out = [Planned(STEP, step, 1, {"shard_map/while": job.microbatches})]
     if job.reference:
         out.append(Planned(REFERENCE, logprobs, job.microbatches))
-    return out
+    return [*out, Planned(EXPORT, _export(job, mesh), 0)]
+
+
+def names(job: Job) -> list[str]:
+    """Of the programs of a job."""
+    return [STEP, *[REFERENCE] * job.reference, EXPORT]
+
+
+def largest_tensor(job: Job) -> Tensor:
+    """The one of a checkpoint that takes most memory when it is whole."""
+    return max(tensors(job.model), key=lambda tensor: math.prod(tensor.shape))
+
+
+def _export(job: Job, mesh: Mesh) -> Lowered:
+    """A tensor made whole on every device, as ``model/hf.py`` fetches one."""
+    tensor = largest_tensor(job)
+    leaf: Any = abstract(job.model)
+    spec: Any = param_specs(job.model, job.mesh.sizes)
+    for key in tensor.path:
+        leaf, spec = leaf[key], spec[key]
+    whole = NamedSharding(mesh, PartitionSpec())
+    held = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    index = jax.ShapeDtypeStruct((len(tensor.at),), jnp.int32, sharding=whole)
+    return jax.jit(pick, out_shardings=whole).lower(held, index)

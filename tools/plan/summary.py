@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from model.hf_names import tensors
+from model.sharding import param_specs
 from tools.plan.costs import FULL, Costs, Part
 from tools.plan.figures import Traffic
-from tools.plan.memory import GIB
+from tools.plan.memory import BYTES, GIB
+from tools.plan.programs import EXPORT, largest_tensor
 
 
 def summary(costs: Costs, estimate: Costs) -> dict[str, Any]:
@@ -51,9 +57,10 @@ def summary(costs: Costs, estimate: Costs) -> dict[str, Any]:
         "least_s": costs.seconds,
         "mfu_ceiling": costs.mfu_ceiling,
         "tokens_per_s": costs.tokens_per_s,
+        "export": _export(costs),
         "compile_s": sum(part.figures.compile_s for part in costs.parts),
         "cached": costs.cached,
-        "programs": [_program(part, by_name[part.name]) for part in costs.parts],
+        "programs": [_program(part, by_name.get(part.name)) for part in costs.parts],
         "notes": _notes(costs),
     }
 
@@ -69,13 +76,13 @@ def _hbm(part: Part) -> dict[str, float]:
     }
 
 
-def _program(part: Part, estimate: Part) -> dict[str, Any]:
+def _program(part: Part, estimate: Part | None) -> dict[str, Any]:
     found = part.figures
     terms = found.terms
     return {
         "name": part.name,
         "runs": part.runs,
-        "hbm_gib": {**_hbm(part), "estimate": _hbm(estimate)},
+        "hbm_gib": {**_hbm(part), "estimate": estimate and _hbm(estimate)},
         "flops_per_chip": found.flops,
         "flops_attention": found.attention_flops,
         "flops_expected": part.flops_done,
@@ -118,8 +125,34 @@ def _collectives(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return sorted((row for row in rows.values() if row["count"]), key=lambda row: -row["bytes"])
 
 
+def _export(costs: Costs) -> dict[str, Any]:
+    """A snapshot: each tensor is made whole on every device, one after the other, and written.
+
+    ``bytes``: that a device sends for all of them.
+    """
+    job, part = costs.job, next(part for part in costs.parts if part.name == EXPORT)
+    specs = param_specs(job.model, job.mesh.sizes)
+    stored, sent = BYTES[job.model.param_dtype], 0.0
+    for tensor in tensors(job.model):
+        spec: Any = specs
+        for key in tensor.path:
+            spec = spec[key]
+        shards = math.prod(job.mesh.sizes[axis] for axis in jax.tree.leaves(tuple(spec)))
+        sent += math.prod(tensor.shape) * stored * (shards - 1) / shards
+    return {
+        "largest": largest_tensor(job).name,
+        "hbm_gib": part.hbm / GIB,
+        "bytes": sent,
+        "largest_bytes": part.figures.sent,
+        "largest_s": part.figures.ici_s + part.figures.dcn_s,
+    }
+
+
 def _notes(costs: Costs) -> list[str]:
     found = {f"{part.name}: {note}": None for part in costs.parts for note in part.figures.notes}
+    for part in costs.parts:
+        if not part.runs and part.hbm > FULL * costs.capacity:
+            found[f"{part.name} does not fit: {part.hbm / GIB:.2f} GiB"] = None
     if costs.largest.figures.hbm > costs.capacity:
         found["the compiler gave up for want of memory: the figures are of its last attempt"] = None
     return list(found)

@@ -31,6 +31,8 @@ def test_an_unknown_notation_is_no_guess():
 
 def test_groups_by_axes_of_a_mesh():
     assert replica_groups("mesh['x'=2,'y'=4] {'y'}", 8) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    order = ", device_ids=([4,2]T(1,0))"
+    assert replica_groups(f"mesh['x'=2,'y'=4]{order} {{'y'}}", 8) == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert replica_groups("mesh['x'=2,'y'=4] {'x'}", 8) == ((0, 4), (1, 5), (2, 6), (3, 7))
     (everyone,) = replica_groups("mesh['x'=2,'y'=4] {'y','x'}", 8)
     assert sorted(everyone) == list(range(8))
