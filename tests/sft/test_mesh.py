@@ -29,7 +29,7 @@ def _start(*args: object) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("what", ["meshes", "random"])
+@pytest.mark.parametrize("what", ["meshes", pytest.param("random", marks=pytest.mark.service)])
 def test_eight_devices_compute_what_one_does(what, tmp_path):
     done = _start(tmp_path, what)
     out = done.communicate(timeout=600)[0]
@@ -37,6 +37,7 @@ def test_eight_devices_compute_what_one_does(what, tmp_path):
     assert out.count("agrees") >= 6
 
 
+@pytest.mark.service
 def test_two_processes_of_four_devices_compute_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

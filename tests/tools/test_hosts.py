@@ -151,6 +151,7 @@ def test_a_dead_host_ends_the_other_and_both_resume_to_the_same_bits(
     assert steps_of(run) == steps_of(whole)
 
 
+@pytest.mark.service
 def test_without_host_0_the_other_ends_in_a_rollout_too(site: Site) -> None:
     processes = site.start("teach", "rollout", "teach.tries=500")
     partial = site.folder / "rollout" / "trajectories" / "teacher.jsonl.host-1.partial"
@@ -161,6 +162,7 @@ def test_without_host_0_the_other_ends_in_a_rollout_too(site: Site) -> None:
     assert "remend: error: host 1 stops: JAX has lost touch with host 0" in errors.splitlines()[-1]
 
 
+@pytest.mark.service
 def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(site: Site, whole: Path) -> None:
     """On as many hosts to the same bits, on another number through the same batches."""
     run, alone = site.folder / "preempted", site.folder / "alone"
@@ -180,6 +182,7 @@ def test_sigterm_on_one_host_saves_and_the_same_command_goes_on(site: Site, whol
     assert_close(alone, whole)
 
 
+@pytest.mark.service
 def test_rl_on_two_hosts(site: Site) -> None:
     """Each rolls out its groups, both learn from all, and what is published is whole."""
     shipped = str(ROOT / "model" / "policies" / "tiny")
