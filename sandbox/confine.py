@@ -19,6 +19,8 @@ import sys
 # linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 22, 24, 36
+PR_SET_KEEPCAPS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 8, 47, 2
+CAP_DAC_READ_SEARCH = 2  # linux/capability.h
 # linux/sched.h
 CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWIPC = 1 << 28, 1 << 30, 1 << 29, 1 << 27
 ANY_NEW_NAMESPACE = 0x7E020000
@@ -84,8 +86,14 @@ def _loopback_up() -> None:
         fcntl.ioctl(control, 0x8914, struct.pack("16sH22x", b"lo", flags))
 
 
-def drop_privileges(uid: int | None, gid: int | None, die_with_parent: bool) -> None:
-    """Become `uid`/`gid` (None: stay) with no capabilities and no way to gain any."""
+def drop_privileges(
+    uid: int | None, gid: int | None, die_with_parent: bool, reads_all: bool
+) -> None:
+    """Become `uid`/`gid` (None: stay) with no capabilities and no way to gain any.
+
+    `reads_all`: but for one, which what it runs inherits: to read every file.
+    """
+    prctl(PR_SET_KEEPCAPS, int(reads_all))
     if uid is not None and gid is not None:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
@@ -96,9 +104,13 @@ def drop_privileges(uid: int | None, gid: int | None, die_with_parent: bool) -> 
             prctl(PR_CAPBSET_DROP, capability)
         except OSError:
             break  # past the last one, or nothing left to drop with
-    header, nothing = struct.pack("II", 0x20080522, 0), bytes(24)
-    if _libc.capset(header, nothing) != 0:
+    kept = (1 << CAP_DAC_READ_SEARCH) if reads_all else 0
+    # version 3: effective, permitted, inheritable, of 32 capabilities and of 32 more
+    header, sets = struct.pack("II", 0x20080522, 0), struct.pack("6I", *[kept] * 3, 0, 0, 0)
+    if _libc.capset(header, sets) != 0:
         raise OSError(ctypes.get_errno(), "capset")
+    if reads_all:
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL if die_with_parent else 0)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from configs.errors import InputError
 from sandbox.base import Limits
+from sandbox.confine import CAP_DAC_READ_SEARCH
 
 # what runs inside, and what of the installed packages it may see
 _INSIDE = ("runner.py", "confine.py", "testrun.py")
@@ -82,20 +83,34 @@ def _mapped(uid: int) -> bool:
     return any(inside <= uid < inside + count for inside, _, count in ranges)
 
 
-def reachable_by_others(path: str) -> bool:
-    """Whether a user who is not the owner could run the program `path`."""
-    folders = [Path(path).parent, *Path(path).parent.parents]
-    return bool(os.stat(path).st_mode & 0o005 == 0o005) and all(
-        folder.stat().st_mode & 0o001 for folder in folders
-    )
+def plain_user() -> tuple[int | None, bool]:
+    """`spare_uid` where it could run our interpreter, and whether that takes the right to read all.
+
+    A root that keeps its Python to itself lends that right (CAP_DAC_READ_SEARCH) to the spare user:
+    as root itself, without any capability, a child could write every file of root's, and the kernel
+    would not hold it to a number of processes (RLIMIT_NPROC spares user 0).
+    """
+    uid, program = spare_uid(), Path(interpreter())
+    if uid is None or program.stat().st_mode & 0o005 != 0o005:
+        return None, False
+    if all(folder.stat().st_mode & 0o001 for folder in program.parents):
+        return uid, False
+    with open("/proc/self/status") as file:
+        held = next(int(line.split()[1], 16) for line in file if line.startswith("CapPrm:"))
+    return (uid, True) if held >> CAP_DAC_READ_SEARCH & 1 else (None, False)
 
 
-def launch(backend: str, folder: Path, uid: int | None, limits: Limits) -> Launch:
+def launch(
+    backend: str, folder: Path, uid: int | None, limits: Limits, reads_all: bool = False
+) -> Launch:
     """The command and setup of the runner whose folder (with `work` in it) is `folder`.
 
-    Raises InputError if `bwrap` is asked for and not installed, or pytest is not.
+    `reads_all`: see `plain_user`. Raises InputError if `bwrap` is asked for and not installed, or
+    pytest is not.
     """
-    return (_bwrap if backend == "bwrap" else _plain)(folder, uid, limits)
+    if backend == "bwrap":
+        return _bwrap(folder, uid, limits)
+    return _plain(folder, uid, limits, reads_all)
 
 
 def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
@@ -139,12 +154,13 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
         "temporary": ["/tmp", "/dev/shm"],
         "library": _HOME_INSIDE,
         "enter_namespaces": False,
+        "reads_all": False,
         "own_network": True,
     }
     return Launch(tuple(argv), files, environment, setup)
 
 
-def _plain(folder: Path, uid: int | None, limits: Limits) -> Launch:
+def _plain(folder: Path, uid: int | None, limits: Limits, reads_all: bool) -> Launch:
     inside = folder / "inside"
     if not inside.exists():
         inside.mkdir(mode=0o755)
@@ -160,6 +176,7 @@ def _plain(folder: Path, uid: int | None, limits: Limits) -> Launch:
         "temporary": [str(temporary)],
         "library": str(inside),
         "enter_namespaces": True,
+        "reads_all": reads_all,
         "own_network": False,
     }
     argv = (interpreter(), *_FLAGS, str(inside / "runner.py"))

@@ -35,9 +35,8 @@ from sandbox.base import (
 )
 from sandbox.isolation import (
     Launch,
-    interpreter,
     launch,
-    reachable_by_others,
+    plain_user,
     spare_uid,
 )
 from sandbox.memo import TestMemo, memo_key
@@ -198,15 +197,13 @@ class LocalPool:
 
     async def _start_slot(self, backend: str) -> Slot:
         assert self._folder is not None
-        uid = spare_uid()
+        uid, reads_all = plain_user() if backend == "plain" else (spare_uid(), False)
         if backend == "plain":
-            if uid is not None and not reachable_by_others(interpreter()):
-                uid = None
             self._folder.chmod(0o711)  # a spare user must reach its folder
         folder = Path(tempfile.mkdtemp(prefix="slot-", dir=self._folder))
         folder.chmod(0o755)
         try:
-            slot = Slot(folder, uid, self._launch(backend, folder, uid))
+            slot = Slot(folder, uid, self._launch(backend, folder, uid, reads_all))
             await slot.start()
             if self._closed:
                 await slot.stop()
@@ -216,8 +213,8 @@ class LocalPool:
             raise
         return slot
 
-    def _launch(self, backend: str, folder: Path, uid: int | None) -> Launch:
-        return launch(backend, folder, uid, self.limits)
+    def _launch(self, backend: str, folder: Path, uid: int | None, reads_all: bool) -> Launch:
+        return launch(backend, folder, uid, self.limits, reads_all)
 
     # -- the pool's folder
 

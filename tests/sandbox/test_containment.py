@@ -9,6 +9,7 @@ import time
 import pytest
 
 from sandbox.base import SandboxError, Tree
+from sandbox.isolation import plain_user
 from tests.sandbox.box import BACKENDS, KINDS, LIMITS, Box, make_tree
 
 GOOD = ["tests/test_mod.py::test_add"]
@@ -101,6 +102,15 @@ def test_a_fork_bomb_is_put_out(box: Box, tree: Tree) -> None:
         assert result.killed_by in ("processes", "deadline")
     report = run_test(box, tree, f"def test():\n{_indent(bomb)}", timeout_s=2.0)
     assert report.killed_by in ("processes", "deadline") or report.cases[1].outcome == "failed"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and plain_user()[0] is None, reason="no spare user")
+def test_the_kernel_counts_processes(box: Box, tree: Tree) -> None:
+    # faster than the runner's look at them
+    code = "import os, time\nfor n in range(200):\n"
+    code += "    try: pid = os.fork()\n    except OSError: break\n    if pid == 0: time.sleep(30)\n"
+    result = run(box, tree, PYTHON, "-c", code + "print(n)")
+    assert not result.stdout or int(result.stdout) < box.pool.limits.processes
 
 
 def _indent(text: str) -> str:
