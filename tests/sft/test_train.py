@@ -86,7 +86,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 5])
+@pytest.mark.parametrize("stop_after", [2, 5])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, stop_after: int) -> None:
     start = init(MODEL, 0)
     whole = train_sft(CONFIG, MODEL, start, data(), tmp_path / "whole", seed=3)

@@ -136,6 +136,7 @@ def test_two_hosts_get_what_one_gets(site: Site, whole: Path) -> None:
     assert_close(site.folder / "one", whole)
 
 
+@pytest.mark.service
 def test_a_dead_host_ends_the_other_and_both_resume_to_the_same_bits(
     site: Site, whole: Path
 ) -> None:
