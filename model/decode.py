@@ -14,6 +14,8 @@ uniform number behind token i of an episode comes from ``fold_in(seed, i)``.
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.errors import InputError
 from model.config import Qwen3Config
-from model.qwen3 import KVCache, Params, bind, empty_cache, unstack
+from model.qwen3 import KVCache, Params, abstract, bind, empty_cache, unstack
 
 MAX_STOPS = 8
 PREFILL_PATIENCE = 2  # decode dispatches that a prefill batch waits to fill up
@@ -97,11 +100,40 @@ class _Lanes(NamedTuple):
     top_p: Array  # float32, 1: off
 
 
+def check_room(config: Qwen3Config, slots: int, max_len: int, room: int | None = None) -> None:
+    """Raise InputError where an engine cannot fit: its weights and its cache lie on one device.
+
+    ``room``: bytes of that device; None: of this host's first, on a CPU the machine's memory.
+    """
+    if room is None:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = stats.get("bytes_limit", machine)
+    cache = jax.eval_shape(lambda: _cache(config, slots, max_len))
+    needs = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((abstract(config), cache))
+    )
+    if needs > room:
+        raise InputError(
+            f"the in-process server holds the policy whole on one device: with {slots} slots of "
+            f"{max_len} tokens it takes {needs / 2**30:.1f} GiB, and there are {room / 2**30:.1f}: "
+            "take a smaller policy, or fewer server.slots or agent.max_tokens"
+        )
+
+
+def _cache(config: Qwen3Config, slots: int, max_len: int) -> KVCache:
+    """An empty one, in blocks whose number stays small."""
+    block = BLOCK * max(1, max_len // (BLOCK * MAX_BLOCKS))
+    return empty_cache(config, slots, max_len, block)
+
+
 class Engine:
     """See the module's docstring. Single-threaded: every method is called from one thread.
 
     Args:
-        params, config: the model; its weights may be replaced by ``set_params``.
+        params, config: the model; its weights may be replaced by ``set_params``, and None waits
+            for it.
         slots: episodes held at one time. max_len: tokens an episode may have in all.
         prefill_chunk, prefill_rows: C and R of the prefill program.
         decode_tokens: N, tokens a decode dispatch samples at most for each slot.
@@ -110,7 +142,7 @@ class Engine:
 
     def __init__(
         self,
-        params: Params,
+        params: Params | None,
         config: Qwen3Config,
         slots: int,
         max_len: int,
@@ -126,15 +158,15 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * slots
         self._queue: deque[_Chunk] = deque()
         self._waited = 0  # decode dispatches since a chunk began to wait
-        block = BLOCK * max(1, max_len // (BLOCK * MAX_BLOCKS))
         # everything on one device by name: arrays that merely happen to be there compile again
         self._device = jax.local_devices()[0]
-        self._cache = jax.device_put(empty_cache(config, slots, max_len, block), self._device)
+        self._cache = jax.device_put(_cache(config, slots, max_len), self._device)
         self._prefill = jax.jit(functools.partial(_prefill, config), donate_argnums=1)
         self._decode = jax.jit(
             functools.partial(_decode, config, decode_tokens, truncation), donate_argnums=1
         )
-        self.set_params(params, 0)
+        if params is not None:
+            self.set_params(params, 0)
 
     def set_params(self, params: Params, version: int) -> None:
         """Use these weights from the next step on; cached keys and values stay as they are."""

@@ -4,7 +4,8 @@ Reading checks the manifest of an export (``model/export_folder.py``) and always
 name, shape and dtype, before any parameter is allocated.
 
 Both directions go tensor by tensor: beside the parameters themselves, reading holds a few MiB for
-each thread (a layer's part where they go to an accelerator), writing one tensor.
+each thread (a layer's part where they go to an accelerator), writing one tensor, or of one that is
+split over devices a block of rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import InputError
 from model.assets import carried
+from model.blocks import blocks
 from model.config import DTYPES, Qwen3Config
 from model.export_folder import ExportFolder, check_manifest, read_json
 from model.fill import Filler
-from model.hf_names import Tensor, tensors
+from model.hf_names import Tensor, rows_axis, tensors
 from model.hosts import barrier, host_count, host_index
 from model.qwen3 import Params, abstract
 from model.tensorfile import Entry, entries, write
@@ -316,41 +317,18 @@ def _write_shard(
 ) -> None:
     by_name = {tensor.name: (tensor, dtype) for tensor, dtype in inside}
 
-    def fetch(stored: str) -> tuple[np.ndarray, bool]:
+    def fetch(stored: str) -> Iterator[tuple[np.ndarray, bool]]:
         tensor, dtype = by_name[stored]
         leaf = _at(params, tensor.path)
-        value = to_host(leaf, tensor.at)
-        if value.dtype != dtype:
-            value = value.astype(dtype)
-        return value, tensor.transposed
+        for value in blocks(leaf, tensor.at, rows_axis(tensor), fetch=write_it):
+            yield value if value.dtype == dtype else value.astype(dtype), tensor.transposed
 
     if not write_it:
         for tensor, _ in inside:
-            fetch(tensor.name)
+            list(fetch(tensor.name))
         return
     header = [(tensor.name, dtype, tensor.shape) for tensor, dtype in inside]
     target.put(name, lambda path: write(path, header, fetch, advance))
-
-
-def to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
-    """One stored tensor of a parameter as a numpy array, gathered from other hosts if need be."""
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)[index]
-    if leaf.is_fully_addressable:
-        if len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu":
-            return np.asarray(leaf)[index]  # a view
-        return np.asarray(pick(leaf, jnp.asarray(index, jnp.int32)) if index else leaf)
-    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
-    picked = jax.jit(pick, out_shardings=whole)(leaf, jnp.asarray(index, jnp.int32))
-    return np.asarray(picked.addressable_data(0))
-
-
-@jax.jit
-def pick(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """Entry ``index`` [k] int32 of the first k axes."""
-    for i in range(index.shape[0]):
-        leaf = jax.lax.dynamic_index_in_dim(leaf, index[i], 0, keepdims=False)
-    return leaf
 
 
 def _write_rest(

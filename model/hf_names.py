@@ -76,6 +76,11 @@ def tensors(config: Qwen3Config) -> Iterator[Tensor]:
     yield from top("lm_head")
 
 
+def rows_axis(tensor: Tensor) -> int:
+    """The axis of the stored tensor's rows in ours."""
+    return len(tensor.shape) - 1 if tensor.transposed else 0
+
+
 def layer_tensor(name: str) -> str:
     """transformers' name within a layer of our dense matrix ``name``, without its ``.weight``."""
     return _LAYER[name][0].removesuffix(".weight")

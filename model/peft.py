@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from configs.errors import InputError
+from model.blocks import blocks
 from model.config import Qwen3Config
-from model.hf import to_host
 from model.hf_names import layer_tensor
 from model.hosts import barrier, host_index
 from model.qwen3 import Params
@@ -44,8 +44,8 @@ def save_peft(folder: Path, params: Params, config: Qwen3Config, base: str) -> N
         for name in lora.targets:
             stem = f"base_model.model.model.layers.{layer}.{layer_tensor(name)}.lora_"
             for side in "ab":
-                value = to_host(params["layers"][f"{name}_lora_{side}"], (layer,))
-                stored[f"{stem}{side.upper()}.weight"] = value
+                parts = list(blocks(params["layers"][f"{name}_lora_{side}"], (layer,), 0))
+                stored[f"{stem}{side.upper()}.weight"] = np.concatenate(parts)
     facts = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -73,7 +73,7 @@ def _write(folder: Path, stored: Mapping[str, np.ndarray], facts: Mapping[str, A
     aside.mkdir(parents=True)
     try:
         header = [(name, value.dtype, value.shape[::-1]) for name, value in stored.items()]
-        write(aside / WEIGHTS, header, lambda name: (stored[name], True))
+        write(aside / WEIGHTS, header, lambda name: [(stored[name], True)])
         (aside / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from configs.errors import InputError
+from model.blocks import blocks
 from model.config import Qwen3Config
 from model.hosts import host_count, host_index
 from model.parallel import ROWS
@@ -31,6 +32,18 @@ def spread(params: Params, config: Qwen3Config, mesh: Mesh | None) -> Params:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(one, params, param_shardings(config, mesh))
+
+
+def whole(params: Params) -> Params:
+    """The same parameters where one device of this host can take each leaf whole: what lies on
+    devices of other hosts too is gathered into memory, by all hosts together."""
+
+    def one(leaf: jax.Array) -> jax.Array | np.ndarray:
+        if leaf.is_fully_addressable:
+            return leaf
+        return np.concatenate(list(blocks(leaf, (), 0)))
+
+    return jax.tree.map(one, params)
 
 
 @dataclass(frozen=True)

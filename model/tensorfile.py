@@ -133,15 +133,15 @@ def read_into(
 def write(
     path: Path,
     tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]],
-    fetch: Callable[[str], tuple[np.ndarray, bool]],
+    fetch: Callable[[str], Iterable[tuple[np.ndarray, bool]]],
     progress: Callable[[int], None] = lambda _: None,
 ) -> str:
     """Write a file and return its sha256.
 
     Args:
         tensors: (name, dtype, shape as stored), in the order in which the data goes.
-        fetch: gives a tensor by name, and whether it is to be transposed on the way; it is called
-            in order, and one tensor is held at a time.
+        fetch: gives a tensor by name as one or more blocks of rows, and with each whether it is to
+            be transposed on the way; it is called in order, and one block is held at a time.
         progress: called with the bytes written since the last call.
     """
     plan = list(tensors)
@@ -164,10 +164,12 @@ def write(
 
         put(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape in plan:
-            value, transposed = fetch(name)
-            assert (value.shape[::-1] if transposed else value.shape) == shape, (name, shape)
-            for piece in _pieces(value, transposed):
-                put(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
+            left = math.prod(shape)
+            for value, transposed in fetch(name):
+                left -= value.size
+                for piece in _pieces(value, transposed):
+                    put(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
+            assert left == 0, (name, shape)
         file.flush()
         if isinstance(path, Path):
             os.fsync(file.fileno())

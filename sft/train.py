@@ -96,6 +96,7 @@ def train_sft(
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "sft", background=True)
     state = learner.init(spread(params, model, mesh))
+    del params  # the state has its own: a caller that keeps none frees a copy
     restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))

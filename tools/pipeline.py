@@ -8,7 +8,7 @@ A stage that is done has its result in the run folder and is not done again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -19,15 +19,16 @@ from configs.errors import InputError
 from configs.files import write_atomic
 from configs.schema import dump
 from model.config import Qwen3Config
-from model.decode import Engine
+from model.decode import Engine, check_room
 from model.folder import load_policy
 from model.hf import load_hf, save_hf
 from model.host import keep_freed_memory
 from model.hosts import barrier, exists, host_count, host_index
 from model.lora import Lora, add_adapters, merged
 from model.peft import save_peft
-from model.qwen3 import Params
-from model.sharding import MeshConfig, make_mesh, simulate_devices
+from model.qwen3 import Params, abstract
+from model.sharding import MeshConfig, make_mesh, param_shardings, simulate_devices
+from model.share import whole
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
 from rl.rollout import Episode, run_episodes, run_to_file
@@ -136,18 +137,27 @@ class Pipeline:
 
     Everything that a run reads is checked here, before anything is written. Use as an async context
     manager: leaving it ends every sandbox. On several hosts each has a pipeline over the same run
-    folder; they share the episodes and the updates, and host 0 writes what there is one of.
+    folder; they share the episodes and the updates, and host 0 writes what there is one of. Where
+    there is a mesh, parameters are only ever read into their places on it.
+
+    rl: whether it will come to that stage. serves: whether a policy will be sampled from by this
+    process, and so must fit on one device.
     """
 
-    def __init__(self, config: RunConfig, run: Path, seed: int) -> None:
-        _check(config)
+    def __init__(
+        self, config: RunConfig, run: Path, seed: int, *, rl: bool = True, serves: bool = True
+    ) -> None:
+        _check(config, rl)
         keep_freed_memory()
         simulate_devices(_devices_here(config.mesh.devices))
         self.config, self.run, self.seed = config, run, seed
         self.start = load_policy(
             POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy),
+            shardings=self._shardings,
             **asdict(config.network),
         )
+        if serves:
+            check_room(self.start.config, config.server.slots, config.agent.max_tokens)
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
         self._keep_config()
@@ -175,12 +185,19 @@ class Pipeline:
     def mesh(self) -> Mesh | None:
         return make_mesh(self.config.mesh) if self.config.mesh.devices > 1 else None
 
+    @property
+    def _shardings(self) -> Callable[[Qwen3Config], Params] | None:
+        """Where parameters go when they are read; None: the first device."""
+        mesh = self.mesh
+        return None if mesh is None else lambda config: param_shardings(config, mesh)
+
     @functools.cached_property
     def engine(self) -> Engine:
-        """The decode engine; one for the whole run, since compiling it takes a while."""
+        """The decode engine, still without weights; one for the whole run, since compiling it
+        takes a while."""
         server = self.config.server
         return Engine(
-            self.start.params,
+            None,
             self.start.config,
             slots=server.slots,
             max_len=self.config.agent.max_tokens,
@@ -213,7 +230,7 @@ class Pipeline:
                 params = train_sft(
                     self.config.sft,
                     self.trained,
-                    add_adapters(self.start.params, self.config.lora, self.seed),
+                    add_adapters(self._take_start(), self.config.lora, self.seed),
                     examples(trajectories),
                     self.run,
                     seed=self.seed,
@@ -221,6 +238,8 @@ class Pipeline:
                     on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
                 )
             self._keep(folder, params, self.start.folder)
+        else:
+            self._take_start()  # nobody wants them any more
         return self._load(folder)
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
@@ -260,7 +279,7 @@ class Pipeline:
     async def evaluate(self, name: str, params: Params | None = None) -> list[Trajectory]:
         """Episodes of a policy on the held-out tasks: "noop", "teacher", or a name for `params`."""
         if params is not None:
-            self.engine.set_params(params, 0)
+            self.engine.set_params(whole(params), 0)
             policy: Policy = self.served(name)
         else:
             policy = NoopPolicy(self.renderer) if name == "noop" else TeacherPolicy(self.renderer)
@@ -317,7 +336,14 @@ class Pipeline:
         save_hf(folder, whole, self.start.config, self.start.tokenizer)
 
     def _load(self, folder: Path) -> Params:
-        return load_hf(folder).params
+        return load_hf(folder, shardings=self._shardings).params
+
+    def _take_start(self) -> Params:
+        """The starting weights, of which only the shapes remain here: beside what is trained they
+        would fill a pod's devices for nothing."""
+        params = self.start.params
+        self.start = replace(self.start, params=abstract(self.start.config))
+        return params
 
     def _keep_config(self) -> None:
         """Write `config.yaml`, or check that a resumed run has the same one."""
@@ -351,14 +377,17 @@ def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[
     return [task for task in tasks if task.name in solved]
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, rl: bool) -> None:
     """Refuse shapes that some episode would not fit, before it is rolled out."""
     agent = config.agent
     targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
-    for name, rows in (("sft", config.sft), ("rl", config.rl)):
+    stages: dict[str, SFTConfig | RLConfig] = {"sft": config.sft}
+    if rl:
+        stages["rl"] = config.rl
+    for name, rows in stages.items():
         if rows.row_tokens < agent.max_tokens:
             raise InputError(f"{name}.row_tokens must be at least agent.max_tokens")
-        if rows.row_targets < targets:
+        if rows.row_targets and rows.row_targets < targets:  # 0: a slot for every token
             raise InputError(
                 f"{name}.row_targets must be at least {targets}: an episode of {agent.max_turns} "
                 f"turns of {agent.max_new_tokens} tokens may hold so many"

@@ -67,7 +67,9 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
     from rl.evaluate import success
     from tools.pipeline import Pipeline
 
-    async with Pipeline(config, args.out, args.seed) as pipeline:
+    stage = args.policy if verb == "eval" else verb
+    serves = stage == "rl" or (verb == "eval" and stage not in ("noop", "teacher"))
+    async with Pipeline(config, args.out, args.seed, rl=stage == "rl", serves=serves) as pipeline:
         if verb == "eval" and args.policy in ("noop", "teacher"):
             return success(await pipeline.evaluate(args.policy))
         if verb == "eval" and args.policy not in ("sft", "rl"):
@@ -78,7 +80,6 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
         if verb == "teach":
             return {"episodes": len(taught), "kept": kept, "success": kept / len(taught)}
         params = pipeline.sft(taught)
-        stage = args.policy if verb == "eval" else verb
         if stage == "rl":
             params = await pipeline.rl(params, taught)
         if verb == "eval":

@@ -5,7 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tools.pipeline import solved_tasks
+import pytest
+
+from configs.errors import InputError
+from configs.schema import load
+from tests.tools.hosts import ROOT
+from tools.pipeline import RunConfig, _check, solved_tasks
 
 
 def _task(name: str) -> Any:
@@ -24,3 +29,12 @@ def test_solved_tasks_keep_their_order_and_one_success_is_enough() -> None:
     ]
     assert [task.name for task in solved_tasks(tasks, episodes)] == ["b", "d"]
     assert solved_tasks(tasks, []) == []
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sft-32b", "grpo-32b"])
+def test_the_shipped_configs_are_taken_and_rows_that_are_too_short_are_not(name: str) -> None:
+    """row_targets 0 is a slot for every token of a row."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    _check(load(RunConfig, path), rl=name != "sft-32b")
+    with pytest.raises(InputError, match="sft.row_targets must be at least"):
+        _check(load(RunConfig, path, ["sft.row_targets=8"]), rl=False)

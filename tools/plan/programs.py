@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.hf import pick
-from model.hf_names import Tensor, tensors
+from model.blocks import block_parts, block_rows, gather_block
+from model.hf_names import Tensor, rows_axis, tensors
 from model.qwen3 import abstract
 from model.sharding import param_specs
 from rl.loss import loss_of_rows
@@ -44,7 +44,7 @@ class Planned:
 
 def programs(job: Job, mesh: Mesh) -> list[Planned]:
     """The optimisation step, where there is a reference policy its log-probabilities, and what
-    an export does with the largest tensor.
+    an export does with a block of the largest tensor.
 
     Raises InputError as ``Learner`` does.
     """
@@ -79,13 +79,17 @@ def largest_tensor(job: Job) -> Tensor:
 
 
 def _export(job: Job, mesh: Mesh) -> Lowered:
-    """A tensor made whole on every device, as ``model/hf.py`` fetches one."""
+    """A block of the largest tensor made whole on every device, as ``model/hf.py`` writes it."""
     tensor = largest_tensor(job)
     leaf: Any = abstract(job.model)
     spec: Any = param_specs(job.model, job.mesh.sizes)
     for key in tensor.path:
         leaf, spec = leaf[key], spec[key]
-    whole = NamedSharding(mesh, PartitionSpec())
+    lead, axis = len(tensor.at), rows_axis(tensor)
+    shape = leaf.shape[lead:]
+    length = shape[axis] // block_parts(mesh, spec, lead, axis)
     held = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-    index = jax.ShapeDtypeStruct((len(tensor.at),), jnp.int32, sharding=whole)
-    return jax.jit(pick, out_shardings=whole).lower(held, index)
+    whole = NamedSharding(mesh, PartitionSpec())
+    where = jax.ShapeDtypeStruct((lead + 2,), jnp.int32, sharding=whole)
+    count = block_rows(shape, leaf.dtype, axis, length)
+    return gather_block.lower(held, where, mesh=mesh, spec=spec, axis=axis, count=count)

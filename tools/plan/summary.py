@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from model.hf_names import tensors
+from model.hf_names import rows_axis, tensors
 from model.sharding import param_specs
 from tools.plan.costs import FULL, Costs, Part
 from tools.plan.figures import Traffic
@@ -126,9 +126,10 @@ def _collectives(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _export(costs: Costs) -> dict[str, Any]:
-    """A snapshot: each tensor is made whole on every device, one after the other, and written.
+    """A snapshot: block by block, each tensor is made whole on every device and written.
 
-    ``bytes``: that a device sends for all of them.
+    ``bytes``: that a device sends for all of them: a sum over those that rows are split over, of
+    which one holds a block's, then a gather over those that columns are.
     """
     job, part = costs.job, next(part for part in costs.parts if part.name == EXPORT)
     specs = param_specs(job.model, job.mesh.sizes)
@@ -137,14 +138,18 @@ def _export(costs: Costs) -> dict[str, Any]:
         spec: Any = specs
         for key in tensor.path:
             spec = spec[key]
-        shards = math.prod(job.mesh.sizes[axis] for axis in jax.tree.leaves(tuple(spec)))
-        sent += math.prod(tensor.shape) * stored * (shards - 1) / shards
+        own = [jax.tree.leaves(axes) for axes in tuple(spec)[len(tensor.at) :]]
+        shards = [math.prod(job.mesh.sizes[axis] for axis in axes) for axes in own]
+        rows, columns = shards.pop(rows_axis(tensor)), math.prod(shards)
+        words = math.prod(tensor.shape)
+        sent += 2 * words * 4 / columns * (rows - 1) / rows  # summed as 32-bit integers
+        sent += words * stored * (columns - 1) / columns
     return {
         "largest": largest_tensor(job).name,
         "hbm_gib": part.hbm / GIB,
         "bytes": sent,
-        "largest_bytes": part.figures.sent,
-        "largest_s": part.figures.ici_s + part.figures.dcn_s,
+        "block_bytes": part.figures.sent,
+        "block_s": part.figures.ici_s + part.figures.dcn_s,
     }
 
 
