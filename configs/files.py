@@ -56,15 +56,20 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     return
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = None
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
-                yield record
+                yield read_record(line, path, number)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The record on one line; InputError names file and line if it is no JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise InputError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
+    return record
 
 
 def _line(record: dict[str, Any]) -> bytes:

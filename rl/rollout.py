@@ -15,7 +15,7 @@ from rl.agent import AgentConfig, Policy, run_episode
 from sandbox.local import LocalPool
 from sandbox.task import Task
 from sft.chat import Renderer
-from sft.trajectory import Trajectory, load, save, to_record
+from sft.trajectory import Stored, Trajectory, load, save, to_record
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ async def run_to_file(
     *,
     concurrency: int,
     on_done: Callable[[Trajectory], None] = lambda _: None,
-) -> list[Trajectory]:
+) -> Stored:
     """Like `run_episodes`, kept in `path`: finished episodes survive a kill and are not run again.
 
     While under way they are in `path.partial`, or, where several hosts share them out, in one such
@@ -72,7 +72,7 @@ async def run_to_file(
     Raises Preempted if a host was told to stop.
     """
     if exists(path):
-        return load(path)
+        return Stored(path)
     partial = path.with_name(path.name + ".partial")
     if host_count() > 1:
         partial = path.with_name(f"{path.name}.host-{host_index()}.partial")
@@ -106,7 +106,7 @@ async def run_to_file(
         for left in _partials(path):
             left.unlink()
     barrier(f"{path} whole")
-    return load(path)
+    return Stored(path)
 
 
 def _partials(path: Path) -> list[Path]:

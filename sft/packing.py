@@ -29,6 +29,11 @@ class Example:
     logprobs: Sequence[float] | None = None
     advantage: Sequence[float] | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(tokens, tokens with loss): what it takes of a row; nothing predicts the first."""
+        return len(self.ids), sum(1 for w in self.weight[1:] if w)
+
 
 class Rows(NamedTuple):
     """Packed rows; NumPy arrays on the host, JAX arrays inside a compiled step.
@@ -66,15 +71,16 @@ def pack(examples: Sequence[Example], length: int, targets: int) -> Rows:
     Raises:
       InputError: an example does not fit a row.
     """
-    return build(examples, plan_rows(examples, length, targets), length, targets)
+    plan = plan_rows([example.size for example in examples], length, targets)
+    return build(examples, plan, length, targets)
 
 
-def plan_rows(examples: Sequence[Example], length: int, targets: int) -> Plan:
-    """The rows of ``pack`` by the numbers of their examples; raises InputError as it does."""
+def plan_rows(sizes: Sequence[tuple[int, int]], length: int, targets: int) -> Plan:
+    """The rows of ``pack`` by the numbers of their examples, of which no more than the sizes need
+    be known; raises InputError as it does."""
     rows: Plan = []
     room: list[tuple[int, int, int]] = []  # (free tokens, row, free targets), sorted
-    sizes = [(len(e.ids), sum(1 for w in e.weight[1:] if w)) for e in examples]
-    for i in sorted(range(len(examples)), key=lambda i: -sizes[i][0]):
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
         tokens, wanted = sizes[i]
         if tokens > length or wanted > (targets or length):
             raise InputError(

@@ -17,10 +17,10 @@ from model.preempt import noticed_by_any
 from model.qwen3 import Params
 from model.share import share_of, spread
 from sft.batches import share_of_batch
+from sft.examples import Examples
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example, plan_rows
-from sft.trajectory import POLICY, Trajectory
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,6 @@ class SFTConfig:
     row_targets: int = 512
     checkpoint_every: int = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-
-def examples(trajectories: Sequence[Trajectory]) -> list[Example]:
-    """Every token of the verified trajectories, with loss on what their policy wrote, less the
-    turns whose edits it took back later.
-
-    A search has many wrong guesses for each right one. As context they show what to do after a
-    wrong guess; as targets they would teach to guess wrong.
-    """
-    return [Example(t.ids, _weights(t)) for t in trajectories if t.success]
-
-
-def _weights(trajectory: Trajectory) -> list[float]:
-    """For each id, 1 if the policy wrote it in a turn that stood, else 0."""
-    edits = [[c for c in turn.calls if c["name"] == "edit"] for turn in trajectory.turns]
-    undo = [i for i, calls in enumerate(edits) if any(c["arguments"].get("undo") for c in calls)]
-    undone = {i for i in range(max(undo, default=0)) if edits[i]}
-    turns = zip(trajectory.author, trajectory.turn_of_ids(), strict=True)
-    return [float(author == POLICY and turn not in undone) for author, turn in turns]
 
 
 def train_sft(
@@ -87,7 +68,8 @@ def train_sft(
             "SFT has no verified trajectory to train on: let the teacher try more tasks"
         )
     shape = config.row_tokens, config.row_targets
-    plan = plan_rows(data, *shape)
+    sizes = data.sizes if isinstance(data, Examples) else [example.size for example in data]
+    plan = plan_rows(sizes, *shape)
     order = _order(len(plan), config, seed)
     share = share_of(mesh)
     learner = Learner(
@@ -107,7 +89,7 @@ def train_sft(
         batch = [plan[row] for row in np.sort(order[step])]
         own = share_of_batch(data, batch, config.microbatch_rows, share, *shape)
         state, values = learner.step(state, own)
-        tokens = float(sum(len(data[i].ids) for row in batch for i in row))
+        tokens = float(sum(sizes[i][0] for row in batch for i in row))
         values = {f"sft/{name}": value for name, value in values.items()}
         values |= {"sft/tokens": tokens, "time/tokens_per_s": tokens / (time.monotonic() - began)}
         metrics.write("sft", step + 1, values)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from configs.errors import InputError
-from configs.files import read_jsonl, write_atomic
+from configs.files import read_jsonl, read_record, write_atomic
 
 # Who wrote a token; the policy also writes what is then not carried out, and carries no loss.
 ENVIRONMENT, POLICY, DROPPED = 0, 1, 2
@@ -96,9 +96,13 @@ def save(path: Path, trajectories: Iterable[Trajectory]) -> None:
 
 def load(path: Path) -> list[Trajectory]:
     """Read trajectories back; `InputError` names the file and line of a bad record."""
+    return _parse(path, enumerate(read_jsonl(path), 1))
+
+
+def _parse(path: Path, numbered: Iterable[tuple[int, dict[str, Any]]]) -> list[Trajectory]:
     names = {f.name for f in fields(Trajectory)}
     found = []
-    for number, record in enumerate(read_jsonl(path), 1):
+    for number, record in numbered:
         try:
             record = {key: value for key, value in record.items() if key in names}
             record["turns"] = [Turn(**turn) for turn in record["turns"]]
@@ -110,3 +114,30 @@ def load(path: Path) -> list[Trajectory]:
             raise InputError(f"{path}:{number}: not a trajectory: {error}") from None
         found.append(trajectory)
     return found
+
+
+class Stored(Sequence[Trajectory]):
+    """The trajectories of a file, each read and checked, as `load` does, when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._ends = path, [0]
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._ends.append(self._ends[-1] + len(line))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Trajectory]: ...
+    def __getitem__(self, at: int | slice) -> Trajectory | list[Trajectory]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        number = range(len(self))[at]
+        with self._path.open("rb") as file:
+            file.seek(self._ends[number])
+            line = file.readline()
+        return _parse(self._path, [(number + 1, read_record(line, self._path, number + 1))])[0]

@@ -40,7 +40,8 @@ from sandbox.local import LocalPool
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
-from sft.train import SFTConfig, examples, train_sft
+from sft.examples import Examples
+from sft.train import SFTConfig, train_sft
 from sft.trajectory import Trajectory
 from tools.progress import progress
 
@@ -212,7 +213,7 @@ class Pipeline:
 
     # stages
 
-    async def teach(self) -> list[Trajectory]:
+    async def teach(self) -> Sequence[Trajectory]:
         """The teacher's episodes on the training tasks."""
         tries = range(self.config.teach.tries)
         episodes = [
@@ -231,7 +232,7 @@ class Pipeline:
                     self.config.sft,
                     self.trained,
                     add_adapters(self._take_start(), self.config.lora, self.seed),
-                    examples(trajectories),
+                    Examples(trajectories),
                     self.run,
                     seed=self.seed,
                     mesh=self.mesh,
@@ -276,7 +277,7 @@ class Pipeline:
             self._keep(folder, params, self.run / "snapshots" / "sft")
         return self._load(folder)
 
-    async def evaluate(self, name: str, params: Params | None = None) -> list[Trajectory]:
+    async def evaluate(self, name: str, params: Params | None = None) -> Sequence[Trajectory]:
         """Episodes of a policy on the held-out tasks: "noop", "teacher", or a name for `params`."""
         if params is not None:
             self.engine.set_params(whole(params), 0)
@@ -292,7 +293,7 @@ class Pipeline:
 
     async def _episodes(
         self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str
-    ) -> list[Trajectory]:
+    ) -> Sequence[Trajectory]:
         """Run episodes into `trajectories/STEM.jsonl`, with progress."""
         solved: list[bool] = []
         with progress(_label(label)) as report:

@@ -87,7 +87,7 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
     return summary
 
 
-def _breakdown(evaluated: dict[str, list], key: str) -> dict[str, dict[str, float]]:
+def _breakdown(evaluated: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
     """Success by operator or package and policy."""
     table: dict[str, dict[str, list[bool]]] = {}
     for name, done in evaluated.items():

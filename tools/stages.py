@@ -76,8 +76,8 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
             folder = Path(args.policy)
             return success(await pipeline.evaluate(folder.name, load_hf(folder).params))
         taught = await pipeline.teach()
-        kept = sum(t.success for t in taught)
         if verb == "teach":
+            kept = sum(t.success for t in taught)
             return {"episodes": len(taught), "kept": kept, "success": kept / len(taught)}
         params = pipeline.sft(taught)
         if stage == "rl":

@@ -29,10 +29,10 @@ def stack(parts: list) -> list[np.ndarray]:
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_the_shares_of_a_batch_are_the_batch(rows: int, parts: int) -> None:
     data = examples(60)
-    plan = plan_rows(data, LENGTH, LENGTH)[:rows]
+    plan = plan_rows([e.size for e in data], LENGTH, LENGTH)[:rows]
     assert len(plan) == rows
     members = [data[i] for row in plan for i in row]
-    order = plan_rows(members, LENGTH, LENGTH)
+    order = plan_rows([e.size for e in members], LENGTH, LENGTH)
     want = microbatches(pack(members, LENGTH, LENGTH), 4)
     shares = [
         share_of_batch(members, order, 4, Share(part, parts), LENGTH, LENGTH)

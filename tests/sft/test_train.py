@@ -15,10 +15,11 @@ from model.qwen3 import init
 from model.tokenizer import Tokenizer
 from sandbox.agent_tools import ToolCall
 from sft.chat import Renderer
+from sft.examples import Examples
 from sft.learner import Learner, OptimizerConfig, nll
 from sft.packing import Example, microbatches, pack
 from sft.teacher import RUN, SUBMIT, VIEW
-from sft.train import SFTConfig, examples, train_sft
+from sft.train import SFTConfig, train_sft
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn
 from tests.runs import steps_of
 
@@ -75,11 +76,11 @@ def test_loss_is_on_the_turns_that_stood(tokenizer: Tokenizer) -> None:
     built_on = [[first, RUN], [edit("c", False), RUN]]
     cases = [(replies, (0, 3, 4, 5)), (replies[:2], (0, 1)), (built_on, (0, 1))]
     for written, stood in cases:
-        (example,) = examples([_trajectory(renderer, written, "pass")])
+        (example,) = Examples([_trajectory(renderer, written, "pass")])
         learnt = [i for i, w in zip(example.ids, example.weight, strict=True) if w]
         assert set(example.weight) == {0.0, 1.0}
         assert learnt == [i for turn in stood for i in renderer.reply(written[turn])]
-    assert examples([_trajectory(renderer, replies, "fail")]) == []
+    assert len(Examples([_trajectory(renderer, replies, "fail")])) == 0
 
 
 class Killed(Exception):
