@@ -25,6 +25,7 @@ VERBS = {
     "generate": ("tools.checkpoints:generate", "continue token ids under a checkpoint"),
     "plan": ("tools.plan.cli", "what a run costs on a TPU slice, compiled ahead of time"),
     "report": ("tools.report", "a run as a page, two runs beside each other, figures for papers"),
+    "watch": ("tools.watch", "a running job in the terminal"),
     "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),
 }
 

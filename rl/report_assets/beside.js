@@ -41,15 +41,27 @@ function aligned(left, right) {
   return found.concat(same(a.slice(a.length - end)));
 }
 
+// Rows of two cells: equal lines, or what the left has instead of what the right has.
 function panes(left, right, kinds = () => "") {
-  const sides = [make("pre"), make("pre")];
-  for (const pair of aligned(left, right))
-    pair.forEach((line, side) => {
-      if (line === null) sides[side].append(make("span", "gap", " "));
-      else if (pair[1 - side] === null) sides[side].append(make("span", side ? "only added" : "only removed", line || " "));
-      else sides[side].append(make("span", "same " + kinds(line), line || " "));
-    });
-  return make("div", "panes", null, ...sides);
+  const node = make("div", "panes lines");
+  let alone = [[], []];
+  const flush = () => {
+    for (let i = 0; i < Math.max(alone[0].length, alone[1].length); i++)
+      alone.forEach((lines, side) =>
+        node.append(i < lines.length ? make("span", side ? "only added" : "only removed", lines[i] || " ") : make("span", "gap", " ")));
+    alone = [[], []];
+  };
+  for (const [a, b] of aligned(left, right)) {
+    if (a !== null && a === b) {
+      flush();
+      node.append(make("span", "same " + kinds(a), a || " "), make("span", "same " + kinds(a), a || " "));
+    } else {
+      if (a !== null) alone[0].push(a);
+      if (b !== null) alone[1].push(b);
+    }
+  }
+  flush();
+  return node;
 }
 
 const turnText = (turn) => [turn.text, ...turn.observations.map((seen) => "── observation\n" + seen)].join("\n");

@@ -44,7 +44,7 @@ def records(
                 "ids": [1, 2], "author": [0, 1], "logprobs": [0.0, -0.1],
                 "turns": [
                     {"text": f"{policy} looks {k} {HOSTILE}",
-                     "calls": [{"name": tool if k else "edit", "arguments": {"old": HOSTILE, "new": "b"}}],
+                     "calls": [{"name": tool if k else "edit", "arguments": {"old": HOSTILE}}],
                      "observations": [text]} for k in range(3)
                 ],
                 "patch": f"--- a/x.py\n+++ b/x.py\n@@ -1 +1 @@\n-a\n+{policy}\n same\n",
@@ -101,7 +101,9 @@ def test_first_paint_and_no_lag_at_5000_trajectories(runs: list[Path], page: Any
     assert page.locator("#list .row").count() < 60
     filtering = page.evaluate(
         """() => { const began = performance.now(); const f = document.getElementById('filters');
-        f.elements.text.value = 'number 7'; f.dispatchEvent(new Event('input')); document.body.offsetTop;
+        f.elements.text.value = 'number 7';
+        f.dispatchEvent(new Event('input'));
+        document.body.offsetTop;
         return performance.now() - began; }"""
     )
     size = path.stat().st_size / 1e6
@@ -145,7 +147,7 @@ def test_keys_search_read_compare_and_back(runs: list[Path], page: Any) -> None:
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "detail"
     page.keyboard.press("d")
-    page.wait_for_selector("#viewer.two .panes pre")
+    page.wait_for_selector("#viewer.two .lines")
     heads = page.locator("#detail .panes").first.inner_text()
     assert heads.index("SFT (eval-sft") < heads.index("SFT+RL (eval-rl")
     assert page.locator("#detail .only.added", has_text="+rl").count() == 1
@@ -155,7 +157,7 @@ def test_keys_search_read_compare_and_back(runs: list[Path], page: Any) -> None:
     page.wait_for_selector("#viewer:not(.two) .turn")
     page.goto("about:blank")
     page.goto(link)
-    page.wait_for_selector("#viewer.two .panes pre")
+    page.wait_for_selector("#viewer.two .lines")
 
 
 def test_the_list_scrolls_to_its_end(runs: list[Path], page: Any) -> None:
@@ -176,7 +178,7 @@ def test_two_runs_on_one_page(runs: list[Path], page: Any) -> None:
     page.keyboard.press("j")
     page.wait_for_selector("#detail .turn")
     page.keyboard.press("d")
-    page.wait_for_selector("#viewer.two .panes pre")
+    page.wait_for_selector("#viewer.two .lines")
     heads = page.locator("#detail .panes").first.inner_text()
     assert "one · SFT+RL" in heads and "two · SFT+RL" in heads
 
@@ -195,6 +197,6 @@ def test_nothing_is_wider_than_the_window(
     if folder:
         page.screenshot(path=f"{folder}/report-{scheme}-{width}.png", full_page=True)
         page.keyboard.press("d")
-        page.wait_for_selector("#viewer.two .panes pre")
+        page.wait_for_selector("#viewer.two .lines")
         page.locator("#episodes").screenshot(path=f"{folder}/beside-{scheme}-{width}.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
