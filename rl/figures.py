@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import write_atomic
-from rl.report_charts import HEIGHT, LEFT, RIGHT, WIDTH, Line, finite_lines, plot, short, smooth
+from rl.report_charts import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Line,
+    finite_lines,
+    plot,
+    printable,
+    short,
+    smooth,
+)
 
 SHADES = ("#5a55d6", "#0c8f9c", "#c2477f", "#8b9096")  # --line-0 … of report.css
 COLOURS = {"noop": "#8b9096", "teacher": "#b7791f", "sft": "#2f6fdb", "rl": "#16855b"}
@@ -168,12 +179,7 @@ def _file(body: str, height: float) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(_printable(text))
-
-
-def _printable(text: str) -> str:
-    """`text` without control characters and lone surrogates, which neither format can hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return escape(printable(text))
 
 
 def _pdf(figure: Figure, path: Path) -> None:
@@ -186,7 +192,7 @@ def _pdf(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"text.parse_math": False, "pdf.fonttype": 42}):
         canvas = Canvas(figsize=(3.6, height), layout="constrained")
         axes = canvas.add_subplot()
-        axes.set_title(_printable(figure.title), loc="left", fontsize=9)
+        axes.set_title(printable(figure.title), loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
         if isinstance(figure, Lines):
@@ -204,7 +210,7 @@ def _draw_lines(axes: Any, figure: Lines) -> None:
         if len(line) > 40:
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
             x, y = zip(*smooth(line), strict=True)
-        axes.plot(x, y, color=colour, linewidth=1.2, label=_printable(label))
+        axes.plot(x, y, color=colour, linewidth=1.2, label=printable(label))
     axes.set_xlabel("step", fontsize=8)
     if len(figure.lines) > 1:
         axes.legend(fontsize=7, frameon=False)
@@ -214,7 +220,7 @@ def _draw_dots(axes: Any, figure: Dots) -> None:
     places, names, y = [], [], 0.0
     for name, dots in figure.rows:
         places.append(y + (len(dots) - 1) / 2)
-        names.append(_printable(name))
+        names.append(printable(name))
         for dot in dots:
             colour = _colour(dot.key)
             if dot.low is not None and dot.high is not None:
@@ -222,10 +228,10 @@ def _draw_dots(axes: Any, figure: Dots) -> None:
             axes.plot(dot.value, y, "o", color=colour, markersize=4)
             y += 1
     for label, colour in _keys(figure):
-        axes.plot([], [], "o", color=colour, markersize=4, label=_printable(label))
+        axes.plot([], [], "o", color=colour, markersize=4, label=printable(label))
     if _keys(figure):
         axes.legend(fontsize=7, frameon=False)
     axes.set_yticks(places, names)
     axes.set_ylim(y - 0.4, -0.6)
     axes.set_xlim(0, _axis(figure, 0.0)[1] * 1.02)
-    axes.set_xlabel(_printable(figure.unit), fontsize=8)
+    axes.set_xlabel(printable(figure.unit), fontsize=8)

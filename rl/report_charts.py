@@ -72,6 +72,12 @@ def plot(lines: Mapping[str, Line]) -> str:
     return "".join(parts)
 
 
+def printable(text: str) -> str:
+    """`text` without control characters and lone surrogates: what no file of a figure can hold, and
+    what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def _domains(lines: Mapping[str, Line]) -> tuple[tuple[float, float], tuple[float, float]]:
     points = [point for line in lines.values() for point in line]
     across = _domain([x for x, _ in points], pad=0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from rl.report_charts import printable
 
 KEPT = 400  # values of a metric that are kept for its curve
 TAIL_BYTES = 1 << 20  # how much of the newest trajectory file is looked at for the last episodes
@@ -218,7 +218,7 @@ def _short(record: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def plain(text: object) -> str:
     """`text` without what a terminal would obey: agents choose names of tools."""
-    return re.sub(r"[^\x20-\x7e\xa1-\ud7ff\ue000-\ufdcf\ufdf0-\uffef]", "\ufffd", str(text))[:200]
+    return printable(str(text)[:200])
 
 
 def _records(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:

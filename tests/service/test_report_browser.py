@@ -108,7 +108,7 @@ def test_first_paint_and_no_lag_at_5000_trajectories(runs: list[Path], page: Any
     )
     size = path.stat().st_size / 1e6
     print(
-        f"first paint {paint:.0f} ms, ready {ready:.0f} ms, filter {filtering:.0f} ms, {size:.1f} MB"
+        f"first paint {paint:.0f} ms, ready {ready:.0f} ms, filter {filtering:.0f} ms, {size:.1f}MB"
     )
     assert paint <= 1000
 
