@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
-
-from sft.trajectory import Trajectory
 
 RESAMPLES = 10_000
 
 
-def per_task(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+class Judged(Protocol):
+    """What is counted here: one episode of a task, whole (Trajectory) or as a report reads it."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def success(self) -> bool: ...
+
+
+def per_task(episodes: Sequence[Judged]) -> dict[str, float]:
     """Mean success of each task over its episodes (pass@1 estimated from all tries)."""
     found: dict[str, list[bool]] = {}
-    for trajectory in trajectories:
-        found.setdefault(trajectory.task, []).append(trajectory.success)
+    for episode in episodes:
+        found.setdefault(episode.task, []).append(episode.success)
     return {task: sum(tries) / len(tries) for task, tries in sorted(found.items())}
 
 
-def success(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def breakdown(policies: Mapping[str, Sequence[Judged]], key: str) -> dict[str, dict[str, float]]:
+    """Success over all episodes by the value of their attribute `key`, then by policy."""
+    table: dict[str, dict[str, list[bool]]] = {}
+    for policy, episodes in policies.items():
+        for episode in episodes:
+            row = table.setdefault(getattr(episode, key), {})
+            row.setdefault(policy, []).append(episode.success)
+    return {
+        group: {policy: sum(won) / len(won) for policy, won in row.items()}
+        for group, row in sorted(table.items())
+    }
+
+
+def success(trajectories: Sequence[Judged]) -> dict[str, float]:
     """Mean success over tasks, and its 95 % interval."""
     means = per_task(trajectories)
     return {**_interval(np.array(list(means.values()))), "episodes": len(trajectories)}

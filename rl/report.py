@@ -1,199 +1,131 @@
-"""A run folder as one page: `report.html`, self-contained, to be opened from disk.
+"""A run folder, or two beside each other, as one page: self-contained, to be opened from disk.
 
 Reads `summary.json` (figures), `metrics.jsonl` (curves) and `trajectories/*.jsonl` (episodes); a
 part that is not there yet is shown as not run. Agent text is hostile: it enters the page only as
-JSON with every `<` escaped and leaves it only through `textContent`, under a content security
-policy that admits the page's own script and nothing else.
+data (see report_data.py) and leaves it only through `textContent`, under a content security policy
+that admits the page's own script and nothing else.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from configs.errors import InputError
-from configs.files import iter_jsonl, write_atomic
+from configs.files import write_atomic
+from rl import report_compare as comparison
 from rl import report_sections as sections
-from sft.trajectory import ENVIRONMENT
+from rl.episodes import POLICIES, Episode, by_policy, choose, tool_use
+from rl.figures import Dot, Dots, Figure, lines_of
+from rl.report_data import embedded
+from rl.run_folder import Run, read_run
 
-MAX_EPISODES = 3000  # evaluation first, then an even choice from the rest
-
-# what the viewer shows; token ids, authors and logprobs stay in the run folder
-_LISTED = ("task", "package", "operator", "split", "policy", "seed")
-_OPENED = ("turns", "patch", "verdict", "reward", "stop", "seconds", "weight_version")
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One trajectory record, less its token ids, and where it came from.
-
-    Attributes:
-      source: name of its file without `.jsonl`, e.g. "eval-rl".
-      nth: how many episodes of the same task stand before it in that file.
-      tokens, sampled: all tokens of the episode, and those that the policy wrote.
-      tool_counts: calls by tool name.
-    """
-
-    source: str
-    nth: int
-    record: dict[str, Any]
-    tokens: int
-    sampled: int
-    tool_counts: dict[str, int]
+MAX_EPISODES = 10_000  # on a page: evaluation first, then an even choice from the rest
+SCRIPTS = ("page.js", "curves.js", "list.js", "episode.js", "beside.js", "keys.js")
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path.
-
-    Raises InputError if `run_dir` is not a folder or if one of its files is corrupt; the message
-    names the file and the line.
-    """
-    if not run_dir.is_dir():
-        raise InputError(f"no run folder at {run_dir}")
-    summary = _summary(run_dir / "summary.json")
-    metrics = run_dir / "metrics.jsonl"
-    records = list(iter_jsonl(metrics)) if metrics.exists() else []
-    episodes = [
-        episode
-        for path in sorted((run_dir / "trajectories").glob("*.jsonl"))
-        for episode in _episodes(path)
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html` and return its path. Raises InputError as `read_run` does."""
+    run = read_run(folder)
+    use, counts = _tool_use(run)
+    parts = [
+        _section("Held-out success", sections.success(run.summary) + sections.facts(run.summary)),
+        _section("Learning curves", sections.curves(run.curves)),
+        _section("Tool use before and after RL", sections.tool_use(use, counts)),
+        _section("Held-out success by kind of task", sections.breakdown(run.summary)),
     ]
-    path = run_dir / "report.html"
-    write_atomic(path, _page(run_dir.resolve().name, summary, records, episodes))
+    path = folder / "report.html"
+    write_atomic(path, _page(run.name, sections.headline(run.summary), parts, [run]))
     return path
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        summary = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(summary, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return summary
+def write_comparison(first: Path, second: Path, out: Path | None = None) -> tuple[Path, dict]:
+    """Write a page on two runs beside each other; its path and the paired differences by policy.
+
+    `out`: by default `first/compare-NAME.html`, with the name of the second run. Raises InputError
+    as `read_run` does, and if both are the same folder.
+    """
+    if first.resolve() == second.resolve():
+        raise InputError(f"{first} and {second} are the same run: a comparison needs two")
+    names = comparison.names(first, second)
+    runs = [read_run(folder, name) for folder, name in zip((first, second), names, strict=True)]
+    found = comparison.differences(*runs)
+    parts = [
+        _section("Held-out success, task by task", comparison.success(names, found)),
+        _section("Gain of RL in each run", comparison.gains(runs)),
+        _section("Learning curves", sections.curves(comparison.curves(runs), names)),
+        _section("Tool use in held-out episodes", comparison.tools(runs)),
+        _section("How the runs were made", comparison.made(runs)),
+    ]
+    path = out or first / f"compare-{second.resolve().name}.html"
+    write_atomic(path, _page(" · ".join(names), comparison.headline(names, found), parts, runs))
+    return path, found
 
 
-def _episodes(path: Path) -> Iterator[Episode]:
-    seen: dict[str, int] = {}
-    for number, record in enumerate(iter_jsonl(path), start=1):
-        try:
-            task = str(record["task"])
-            counts: dict[str, int] = {}
-            for turn in record["turns"]:
-                for call in turn["calls"]:
-                    counts[call["name"]] = counts.get(call["name"], 0) + 1
-            episode = Episode(
-                source=path.stem,
-                nth=seen.get(task, 0),
-                record={
-                    **{key: record.get(key) for key in (*_LISTED, *_OPENED)},
-                    "task": task,
-                    "prompt": str(record.get("prompt", "")),
-                },
-                tokens=len(record.get("ids", ())),
-                sampled=sum(a != ENVIRONMENT for a in record.get("author", ())),
-                tool_counts=record.get("tool_counts", counts),
-            )
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}:{number}: not a trajectory record") from None
-        seen[task] = episode.nth + 1
-        yield episode
+def figures_of(folder: Path) -> list[Figure]:
+    """Every figure of a run's page that has data. Raises InputError as `read_run` does."""
+    run = read_run(folder)
+    rows = []
+    for policy, label in POLICIES.items():
+        mean, low, high = (
+            sections.number(run.summary, "success", policy, key) for key in ("mean", "low", "high")
+        )
+        if mean is not None:
+            rows.append((label, [Dot(policy, label, mean, low, high)]))
+    found: list[Figure] = [Dots("Held-out success", "share of tasks", rows, 1.0)] if rows else []
+    for key, kind in (("per_operator", "operator"), ("per_package", "package")):
+        table = run.summary.get(key)
+        if isinstance(table, dict) and table:
+            parts = [(name, _dots(table[name])) for name in sorted(table)]
+            found.append(Dots(f"Held-out success by {kind}", "share of episodes", parts, 1.0))
+    use, _ = _tool_use(run)
+    if use:
+        parts = [(tool, _dots(row)) for tool, row in use.items()]
+        found.append(Dots("Tool use before and after RL", "calls an episode", parts))
+    return found + lines_of(run.curves)
 
 
-def _page(
-    name: str, summary: dict[str, Any], metrics: list[dict[str, Any]], episodes: list[Episode]
-) -> str:
-    style, script = _asset("report.css"), _asset("report.js")
+def _dots(row: object) -> list[Dot]:
+    values = ((policy, sections.rate(row, policy)) for policy in POLICIES)
+    return [Dot(p, POLICIES[p], value) for p, value in values if value is not None]
+
+
+def _tool_use(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Calls an episode by tool and policy, before and after RL, and the episodes counted."""
+    policies = by_policy(run.episodes)
+    sides = {policy: done for policy, done in policies.items() if policy in ("sft", "rl")}
+    return tool_use(sides), {policy: len(done) for policy, done in sides.items()}
+
+
+def _section(title: str, html: str) -> str:
+    return f"<section><h2>{title}</h2>{html}</section>"
+
+
+def _page(name: str, headline: str, parts: Sequence[str], runs: Sequence[Run]) -> str:
+    style = _asset("report.css")
+    script = '"use strict";\n' + "".join(map(_asset, SCRIPTS))
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    chosen = _choose(episodes)
+    chosen: list[Episode] = []
+    for run in runs:
+        chosen += choose(run.episodes, MAX_EPISODES // len(runs))
     return Template(_asset("report.html")).substitute(
         policy=policy,
         name=escape(name),
         style=style,
         script=script,
-        headline=sections.headline(summary),
-        success=sections.success(summary),
-        facts=sections.facts(summary),
-        curves=sections.curves(metrics),
-        tools=sections.tool_use(_by_source(episodes, "eval-sft"), _by_source(episodes, "eval-rl")),
-        breakdown=sections.breakdown(summary),
-        episodes=_data(chosen),
-        count=sections.episode_count(len(chosen), len(episodes)),
+        headline=headline,
+        sections="\n".join(parts),
+        episodes=embedded(chosen),
+        count=sections.episode_count(len(chosen), sum(len(run.episodes) for run in runs)),
     )
-
-
-def _by_source(episodes: list[Episode], prefix: str) -> list[dict[str, int]]:
-    return [episode.tool_counts for episode in episodes if episode.source.startswith(prefix)]
-
-
-def _choose(episodes: list[Episode]) -> list[Episode]:
-    """At most MAX_EPISODES: evaluations, last policy first, then an even choice of the others."""
-    evaluated = [episode for episode in episodes if episode.source.startswith("eval")]
-    rank = {policy: place for place, policy in enumerate(reversed(sections.POLICIES))}
-    evaluated.sort(key=lambda episode: rank.get(str(episode.record["policy"]), len(rank)))
-    others = [episode for episode in episodes if not episode.source.startswith("eval")]
-    room = MAX_EPISODES - len(evaluated)
-    if room <= 0:
-        return evaluated[:MAX_EPISODES]
-    if room < len(others):
-        others = [others[index * len(others) // room] for index in range(room)]
-    return evaluated + others
-
-
-def _data(episodes: list[Episode]) -> str:
-    """The page's data: a small index, the prompts once each, and one script element an episode.
-
-    The browser keeps an element's text unparsed until the viewer opens that episode.
-    """
-    prompts: dict[str, int] = {}
-    index, bodies = [], []
-    for number, episode in enumerate(episodes):
-        record = episode.record
-        verdict = record["verdict"] if isinstance(record["verdict"], dict) else {}
-        index.append(
-            {
-                **{key: record[key] for key in _LISTED},
-                "source": episode.source,
-                "nth": episode.nth,
-                "outcome": verdict.get("verdict") or "none",
-                "turns": len(record["turns"]),
-                "prompt": prompts.setdefault(record["prompt"], len(prompts)),
-            }
-        )
-        body = {key: record[key] for key in _OPENED}
-        body |= {"tokens": episode.tokens, "sampled": episode.sampled}
-        bodies.append(_embed(f"episode-{number}", body))
-    return "\n".join([_embed("index", index), _embed("prompts", list(prompts)), *bodies])
-
-
-def _embed(name: str, value: Any) -> str:
-    """A JSON data block; no text in it can end it, nor open a comment."""
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c").encode("utf-8", "backslashreplace").decode()
-    return f'<script type="application/json" id="{name}">{text}</script>'
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _asset(name: str) -> str:

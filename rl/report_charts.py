@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 
 WIDTH, HEIGHT = 360, 190
@@ -16,29 +16,41 @@ Line = list[tuple[float, float]]
 
 
 def curve(name: str, series: Mapping[str, Mapping[float, float]]) -> str:
-    """A chart of `series` (one line a seed, step -> value) under the title `name`.
+    """A chart of `series` (label -> step -> value, one line each) under the title `name`.
 
     Values that are not finite are left out of the lines and counted beside the title.
     """
-    lines: dict[str, Line] = {}
-    dropped = 0
-    for seed, values in series.items():
-        finite = [(step, value) for step, value in sorted(values.items()) if math.isfinite(value)]
-        dropped += len(values) - len(finite)
-        if finite:
-            lines[seed] = _thin(finite)
+    lines = finite_lines(series)
+    dropped = sum(map(len, series.values())) - sum(map(len, lines.values()))
     note = f' <span class="warn">{dropped} not finite</span>' if dropped else ""
-    if not lines:
+    if not any(lines.values()):
         return f'<figure class="chart"><figcaption>{escape(name)}{note}</figcaption></figure>'
-    points = [point for line in lines.values() for point in line]
-    x_low, x_high = _domain([x for x, _ in points], pad=0.0)
-    y_low, y_high = _domain([y for _, y in points], pad=0.06)
+    lines = {label: _thin(line) for label, line in lines.items()}
+    place = _placing(lines)
+    data = [[[*point, *place(*point)] for point in line] for line in lines.values()]
+    labels = [f"{label}: " if label and len(lines) > 1 else "" for label in lines]
+    last = ", ".join(short(line[-1][1]) if line else "–" for line in lines.values())
+    return (
+        f'<figure class="chart"><figcaption>{escape(name)}{note}<output>{last}</output>'
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(name)} by step, last {last}" '
+        f'data-lines="{escape(json.dumps(data))}" data-labels="{escape(json.dumps(labels))}">'
+        f"{plot(lines)}</svg></figure>"
+    )
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        up = (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
+def finite_lines(series: Mapping[str, Mapping[float, float]]) -> dict[str, Line]:
+    """The finite points of each line, by step; a line without any keeps its place and colour."""
+    return {
+        label: [(step, value) for step, value in sorted(values.items()) if math.isfinite(value)]
+        for label, values in series.items()
+    }
+
+
+def plot(lines: Mapping[str, Line]) -> str:
+    """Grid, ticks and lines as SVG elements, WIDTH × HEIGHT; needs at least one point."""
+    place = _placing(lines)
+    (x_low, x_high), (y_low, y_high) = _domains(lines)
     parts = []
     for tick in ticks(y_low, y_high):
         y = place(x_low, tick)[1]
@@ -51,22 +63,37 @@ def curve(name: str, series: Mapping[str, Mapping[float, float]]) -> str:
         shade = f"line-{number % 4}"
         if len(line) > SMOOTH_FROM:
             parts.append(_path([place(*point) for point in line], f"{shade} raw"))
-            parts.append(_path([place(*point) for point in _smooth(line)], shade))
+            parts.append(_path([place(*point) for point in smooth(line)], shade))
         else:
             parts.append(_path([place(*point) for point in line], shade))
             if len(line) <= SMOOTH_FROM // 2:
                 dots = (place(*point) for point in line)
                 parts += [f'<circle class="{shade}" cx="{x}" cy="{y}" r="2.2"/>' for x, y in dots]
-    data = [[[*point, *place(*point)] for point in line] for line in lines.values()]
-    seeds = [f"seed {seed}: " if seed and len(lines) > 1 else "" for seed in lines]
-    last = ", ".join(short(line[-1][1]) for line in lines.values())
-    return (
-        f'<figure class="chart"><figcaption>{escape(name)}{note}<output>{last}</output>'
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(name)} by step, last {last}" '
-        f'data-lines="{escape(json.dumps(data))}" data-seeds="{escape(json.dumps(seeds))}">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+    return "".join(parts)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters and lone surrogates: what no file of a figure can hold, and
+    what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _domains(lines: Mapping[str, Line]) -> tuple[tuple[float, float], tuple[float, float]]:
+    points = [point for line in lines.values() for point in line]
+    across = _domain([x for x, _ in points], pad=0.0)
+    return across, _domain([y for _, y in points], pad=0.06)
+
+
+def _placing(lines: Mapping[str, Line]) -> Callable[[float, float], tuple[float, float]]:
+    """From step and value to user units."""
+    (x_low, x_high), (y_low, y_high) = _domains(lines)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        up = (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
+
+    return place
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
@@ -105,7 +132,7 @@ def _thin(line: Line) -> Line:
     return kept
 
 
-def _smooth(line: Line) -> Line:
+def smooth(line: Line) -> Line:
     """The mean over a window of a tenth of the line around each point."""
     half = max(1, len(line) // 20)
     means = []

@@ -151,6 +151,9 @@ async def train_rl(
             state, update_values = learner.step(state, batches)
             totals.append(update_values)
         values |= {_prefixed(k): float(np.mean([t[k] for t in totals])) for k in totals[0]}
+        values["rl/lr"] = float(
+            config.optimizer.rate(updates)((step + 1) * config.updates_per_step - 1)
+        )
         values |= {"time/rollout_s": rolled - began, "time/learn_s": time.monotonic() - rolled}
         metrics.write("rl", step + 1, values)
         stop = noticed_by_any() and step + 1 < config.steps

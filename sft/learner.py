@@ -51,15 +51,19 @@ class OptimizerConfig:
     b2: float = 0.95
     offload: bool = False
 
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer of a run of `steps` updates."""
-        rate = optax.warmup_cosine_decay_schedule(
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate by update, from 0, of a run of `steps` updates."""
+        return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=self.learning_rate,
             warmup_steps=self.warmup_steps,
             decay_steps=max(steps, self.warmup_steps + 1),
             end_value=self.learning_rate * self.final_fraction,
         )
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optimizer of a run of `steps` updates."""
+        rate = self.rate(steps)
         rule = optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
 

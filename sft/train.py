@@ -91,6 +91,7 @@ def train_sft(
         state, values = learner.step(state, own)
         tokens = float(sum(sizes[i][0] for row in batch for i in row))
         values = {f"sft/{name}": value for name, value in values.items()}
+        values["sft/lr"] = float(config.optimizer.rate(len(order))(step))
         values |= {"sft/tokens": tokens, "time/tokens_per_s": tokens / (time.monotonic() - began)}
         metrics.write("sft", step + 1, values)
         stop = noticed_by_any() and step + 1 < len(order)

@@ -24,7 +24,8 @@ VERBS = {
     "score": ("tools.checkpoints:score", "log-probabilities of token ids under a checkpoint"),
     "generate": ("tools.checkpoints:generate", "continue token ids under a checkpoint"),
     "plan": ("tools.plan.cli", "what a run costs on a TPU slice, compiled ahead of time"),
-    "report": ("tools.report", "write a run folder's report.html"),
+    "report": ("tools.report", "a run as a page, two runs beside each other, figures for papers"),
+    "watch": ("tools.watch", "a running job in the terminal"),
     "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),
 }
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
-    from rl.evaluate import paired_gain, per_task, success
+    from rl.evaluate import breakdown, paired_gain, per_task, success
     from rl.report import write_report
     from tools.pipeline import Pipeline
 
@@ -74,8 +74,8 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
         "success": {name: success(done) for name, done in evaluated.items()},
         "gain": paired_gain(rates["sft"], rates["rl"]),
         "teacher_train": success(taught),
-        "per_operator": _breakdown(evaluated, "operator"),
-        "per_package": _breakdown(evaluated, "package"),
+        "per_operator": breakdown(evaluated, "operator"),
+        "per_package": breakdown(evaluated, "package"),
         "isolation": isolation,
         "phases": clock.phases,
         "wall_s": round(sum(clock.phases.values()), 1),
@@ -85,19 +85,6 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
     write_atomic(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_report(run)
     return summary
-
-
-def _breakdown(evaluated: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
-    """Success by operator or package and policy."""
-    table: dict[str, dict[str, list[bool]]] = {}
-    for name, done in evaluated.items():
-        for trajectory in done:
-            row = table.setdefault(getattr(trajectory, key), {})
-            row.setdefault(name, []).append(trajectory.success)
-    return {
-        group: {name: sum(won) / len(won) for name, won in row.items()}
-        for group, row in sorted(table.items())
-    }
 
 
 def _peak_rss_gib() -> float:

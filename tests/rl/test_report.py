@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 from configs.errors import InputError
 from configs.files import write_atomic, write_jsonl
 from rl import report
-from rl.report import write_report
+from rl.figures import write_figures
+from rl.report import figures_of, write_comparison, write_report
 from rl.report_charts import MAX_POINTS, curve, ticks
 from rl.report_sections import headline
 
@@ -73,6 +76,9 @@ class Page(HTMLParser):
 
     def data(self, name: str) -> Any:
         return json.loads(self.scripts[name])
+
+    def unpacked(self, name: str) -> Any:
+        return json.loads(gzip.decompress(base64.b64decode(self.scripts[name])))
 
     @property
     def words(self) -> str:
@@ -160,7 +166,7 @@ def test_curves_have_one_chart_a_metric_and_one_line_a_seed(tmp_path: Path) -> N
     lines = json.loads(reward["data-lines"] or "")
     assert [len(line) for line in lines] == [10, 10]
     assert lines[0][9][:2] == [9, pytest.approx(0.39)]
-    assert json.loads(reward["data-seeds"] or "") == ["seed 3: ", "seed 4: "]
+    assert json.loads(reward["data-labels"] or "") == ["seed 3: ", "seed 4: "]
 
 
 def test_a_step_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
@@ -217,8 +223,8 @@ def test_episodes_are_embedded_without_their_token_ids(tmp_path: Path) -> None:
         ("rl", "eval-rl", 1, "pass"),
         ("sft", "eval-sft", 0, "pass"),
     ]
-    assert page.data("prompts") == ["Repair t-1."]
-    body = page.data("episode-2")
+    assert page.unpacked("prompts") == ["Repair t-1."]
+    body = page.unpacked("chunk-0")[2]
     assert body["turns"][0]["observations"] == ["hello"]
     assert (body["tokens"], body["sampled"]) == (4, 2)
     assert not {"ids", "author", "logprobs"} & body.keys()
@@ -234,13 +240,13 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         *("html", "head", "meta", "title", "style", "body", "header", "main", "section", "script"),
         *("h1", "h2", "p", "span", "strong", "b", "i", "kbd", "code", "div", "article", "output"),
         *("table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "details", "summary"),
-        *("form", "label", "select", "input", "figure", "figcaption"),
+        *("form", "label", "select", "input", "button", "figure", "figcaption"),
         *("svg", "line", "circle", "rect", "text", "polyline"),
     }
     assert not [
         attrs for _, attrs in page.tags if {"src", "href", "onerror", "style"} & attrs.keys()
     ]
-    assert page.data("episode-0")["turns"][0]["text"] == HOSTILE
+    assert page.unpacked("chunk-0")[0]["turns"][0]["text"] == HOSTILE
     assert page.data("index")[0]["task"] == HOSTILE
     assert "<b>" in page.words and HOSTILE.split("\u2028")[0].strip() in page.words
 
@@ -262,7 +268,8 @@ def test_the_policy_admits_the_pages_own_script_and_nothing_else(tmp_path: Path)
 def test_numbers_that_json_has_not_do_not_break_the_data(tmp_path: Path) -> None:
     record = episode("rl", reward=math.nan, seconds=math.inf)
     page = page_of(run_folder(tmp_path, eval_rl=[record]))
-    body = json.loads(page.scripts["episode-0"], parse_constant=pytest.fail)
+    text = gzip.decompress(base64.b64decode(page.scripts["chunk-0"])).decode()
+    body = json.loads(text, parse_constant=pytest.fail)[0]
     assert body["reward"] is None and body["seconds"] is None
 
 
@@ -308,6 +315,59 @@ def test_a_corrupt_file_is_named_and_the_old_page_stays(
     with pytest.raises(InputError, match=message):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_what_the_summary_lacks_is_computed_from_the_episodes(tmp_path: Path) -> None:
+    failed = {"verdict": "fail", "flags": []}
+    sft = [episode("sft", "t-1", verdict=failed), episode("sft", "t-2")]
+    rl = [episode("rl", "t-1"), episode("rl", "t-2")]
+    for name, records in (("eval-sft", sft), ("eval-rl", rl)):
+        write_jsonl(tmp_path / "trajectories" / f"{name}.jsonl", records)
+    words = page_of(tmp_path).words
+    assert "SFT+RL repairs 100.0 % of held-out bugs, 50.0 points more than SFT alone" in words
+    assert "The interval includes zero." in words
+
+
+def test_two_runs_are_paired_by_task(tmp_path: Path) -> None:
+    failed = {"verdict": "fail", "flags": ["outside:a.py"]}
+    tasks = [f"t-{n}" for n in range(40)]
+    first = run_folder(
+        tmp_path / "a",
+        eval_rl=[episode("rl", t, verdict=failed) for t in [*tasks, "alone"]],
+    )
+    second = run_folder(
+        tmp_path / "<b>",
+        eval_rl=[
+            episode("rl", t, **({"verdict": failed} if n % 4 else {})) for n, t in enumerate(tasks)
+        ],
+    )
+    path, found = write_comparison(first, second)
+    row = found["rl"]
+    assert (row["first"]["mean"], row["second"]["mean"]) == (0.0, 0.25)
+    gap = row["difference"]
+    assert gap["mean"] == 0.25 and 0 < gap["low"] < 0.25 < gap["high"] and gap["n"] == 40
+    assert row["left_out"] == 1
+    page = Page(path.read_text(encoding="utf-8"))
+    assert path == first / "compare-<b>.html"
+    assert "SFT+RL of <b> repairs 25.0 points more of 40 held-out bugs than that of a" in page.words
+    assert [entry["run"] for entry in page.data("index")] == ["a"] * 41 + ["<b>"] * 40
+    assert page.data("index")[0]["flags"] == ["outside:a.py"]
+    with pytest.raises(InputError, match="same run"):
+        write_comparison(first, first / ".")
+
+
+def test_figures_are_whole_files_whatever_names_a_run_has(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, eval_rl=[episode("rl", tool_counts={HOSTILE: 1})])
+    written = [path for path in write_figures(figures_of(folder), tmp_path / "figures")]
+    drawn = {
+        path.name: path.read_text(encoding="utf-8") for path in written if path.suffix == ".svg"
+    }
+    assert {"held-out-success.svg", "sft-loss.svg", "rl-reward.svg"} <= drawn.keys()
+    for text in drawn.values():
+        tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+        assert tags <= {"svg", "style", "rect", "text", "line", "circle", "polyline", "g"}
+    success = ElementTree.fromstring(drawn["held-out-success.svg"])
+    assert len(success.findall("{*}circle")) == 4
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
