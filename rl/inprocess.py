@@ -83,7 +83,7 @@ class ServerSession:
             ids=result.ids,
             logprobs=result.logprobs,
             ended=result.finish == "stop",
-            weight_version=result.version,
+            versions=result.versions,
         )
 
     def close(self) -> None:
