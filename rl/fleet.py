@@ -219,7 +219,7 @@ class Fleet:
                 if mean > self._patience.tolerance:
                     raise Mismatch(
                         f"{replica.url} says it has {snapshot.label}, but its log-probabilities "
-                        f"are not the learner's: off by {mean:.2g} in the mean, {largest:.2g} at most"
+                        f"are not the learner's: off by {mean:.2g} (mean), {largest:.2g} (max)"
                     )
             except (Mismatch, BadReply, ValueError):
                 self.rejections += 1

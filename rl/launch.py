@@ -155,6 +155,14 @@ class RestartCommand:
         pass  # it was not started by this run
 
 
+def chip_here() -> Chip:
+    """What this machine has to serve with."""
+    if Path("/dev/nvidia0").exists():
+        return "cuda"
+    tpu = any(Path("/dev").glob("accel*")) or Path("/dev/vfio/0").exists()
+    return "tpu" if tpu else "cpu"
+
+
 def free_port() -> int:
     """A loopback port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -24,6 +24,8 @@ VERBS = {
     "score": ("tools.checkpoints:score", "log-probabilities of token ids under a checkpoint"),
     "generate": ("tools.checkpoints:generate", "continue token ids under a checkpoint"),
     "plan": ("tools.plan.cli", "what a run costs on a TPU slice, compiled ahead of time"),
+    "serve": ("tools.serve", "start an SGLang policy server for a snapshot, or print the command"),
+    "simulate": ("tools.simulate", "size an asynchronous run from latencies, before renting it"),
     "report": ("tools.report", "write a run folder's report.html"),
     "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),
 }
