@@ -149,3 +149,44 @@ class Ahead(Generic[T]):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Publisher:
+    """Publishes beside the learner, the newest weights each time: a version that the next one
+    overtook before its turn came is left out, so that the learner never waits for servers."""
+
+    def __init__(self, publish: Callable[[Any, int], Coroutine[Any, Any, None]]) -> None:
+        self._publish = publish
+        self._next: tuple[Any, int] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def offer(self, params: Any, version: int) -> None:
+        """Publish this when the one under way is done; raises what the last one raised."""
+        self._next = params, version
+        if self._task is None or self._task.done():
+            if self._task is not None:
+                self._task.result()
+            self._task = asyncio.create_task(self._run())
+
+    async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which waits for what is published; raises where that failed."""
+        working = asyncio.create_task(work)
+        try:
+            while not working.done():
+                pending = {t for t in (working, self._task) if t is not None and not t.done()}
+                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if self._task is not None and self._task.done():
+                    self._task.result()
+            return working.result()
+        finally:
+            working.cancel()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while self._next is not None:
+            (params, version), self._next = self._next, None
+            await self._publish(params, version)

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from model.config import Qwen3Config
 from model.hosts import host_count
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
-from rl.ahead import Ahead, Group
+from rl.ahead import Ahead, Group, Publisher
 from rl.rollout import Episode
 from rl.train import (
     RLConfig,
@@ -44,8 +44,6 @@ from sft.trajectory import Trajectory
 # one episode with the newest weights; new weights, from a copy that nothing changes any more
 Roll = Callable[[Episode], Coroutine[Any, Any, Trajectory]]
 Publish = Callable[[Params, int], Coroutine[Any, Any, None]]
-
-T = TypeVar("T")
 
 
 async def train_ahead(
@@ -96,7 +94,7 @@ async def train_ahead(
         await publish(params, version)
         ahead.published(version)
 
-    publisher = _Publisher(renew)
+    publisher = Publisher(renew)
     try:
         publisher.offer(await asyncio.to_thread(_copied, learning.state.params), start)
         for step in range(start, config.steps):
@@ -135,46 +133,6 @@ async def train_ahead(
         learning.checkpoints.close()
     await publish(learning.state.params, config.steps)
     return learning.state.params
-
-
-class _Publisher:
-    """Publishes beside the learner, the newest weights each time: a version that the next one
-    overtook before its turn came is left out, so that the learner never waits for servers."""
-
-    def __init__(self, publish: Publish) -> None:
-        self._publish = publish
-        self._next: tuple[Params, int] | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    def offer(self, params: Params, version: int) -> None:
-        self._next = params, version
-        if self._task is None or self._task.done():
-            if self._task is not None:
-                self._task.result()
-            self._task = asyncio.create_task(self._run())
-
-    async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which waits for what is published; raises where that failed."""
-        working = asyncio.create_task(work)
-        try:
-            while not working.done():
-                pending = {t for t in (working, self._task) if t is not None and not t.done()}
-                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if self._task is not None and self._task.done():
-                    self._task.result()
-            return working.result()
-        finally:
-            working.cancel()
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _run(self) -> None:
-        while self._next is not None:
-            (params, version), self._next = self._next, None
-            await self._publish(params, version)
 
 
 def _copied(params: Params) -> Params:
