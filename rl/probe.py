@@ -61,7 +61,8 @@ class Prober:
     def __call__(self, params: Params, version: int) -> Probe:
         """Raises ValueError if the learner's own log-probabilities are not finite."""
         draw = np.random.default_rng([version, self._vocab])
-        ids = draw.integers(self._vocab, size=(SEQUENCES, LENGTH)).tolist()
+        # never the last id: SGLang scores 0 in its place (it takes it for a multimodal filler)
+        ids = draw.integers(self._vocab - 1, size=(SEQUENCES, LENGTH)).tolist()
         examples = [Example(row, [0.0] + [1.0] * (LENGTH - 1)) for row in ids]
         (rows,) = microbatches(pack(examples, LENGTH, LENGTH), self._rows)
         scored = self._learner.logprobs(self._learner.place_params(params), rows)
