@@ -32,12 +32,13 @@ VERBS = {
 
 # top-level module -> what to install when it is missing
 INSTALLS = {
-    **dict.fromkeys(("jax", "flax", "optax", "orbax", "tokenizers", "safetensors"), "remend"),
+    **dict.fromkeys(
+        ("jax", "flax", "optax", "orbax", "tokenizers", "safetensors", "httpx2"), "remend"
+    ),
     **dict.fromkeys(("numpy", "yaml", "pydantic", "rich", "unearth", "pytest"), "remend"),
     "docker": "remend[docker]",
     "libtpu": "remend[tpu]",
     "maxtext": "remend[tpu]",
-    "sglang": "remend[sglang]",
     "tensorflow_datasets": "remend[datasets]",
     "torch": "remend[parity]",
     "transformers": "remend[parity]",

@@ -19,7 +19,6 @@ from typing import Any
 
 from configs.errors import InputError
 
-_CHUNK = 256  # tokens after which a request looks how many share its server
 _P95 = 1.6449  # of the normal distribution, in standard deviations
 
 
@@ -66,8 +65,8 @@ class SimulateConfig:
 
     episodes: Episodes
     max_staleness: tuple[int, ...] = (0, 1, 2, 4)
-    steps: int = 24
-    warmup: int = 6
+    steps: int = 16
+    warmup: int = 4
     tasks_per_step: int = 32
     group_size: int = 16
     spare: int = 0
@@ -135,14 +134,12 @@ class _World:
                 self.since[at] = clock()
             self.running[at] += 1
             try:
-                while tokens > 0:
+                if not self.going.is_set():
                     await self.going.wait()
-                    share = config.replica_tokens_per_s / self.running[at]
-                    rate = min(config.request_tokens_per_s, share)
-                    step = min(tokens, _CHUNK)
-                    await asyncio.sleep(step / rate)
-                    tokens -= step
-                    self.sampled += step
+                # at the speed of its beginning: turns are short beside the changes of load
+                share = config.replica_tokens_per_s / self.running[at]
+                await asyncio.sleep(tokens / min(config.request_tokens_per_s, share))
+                self.sampled += tokens
             finally:
                 self.running[at] -= 1
                 if not self.running[at]:
