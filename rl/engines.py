@@ -43,7 +43,7 @@ class SGLang:
 
     `update`, what becomes of turns that are under way: "drain" lets them end first; "retract" stops
     them, and computes their keys and values anew under the new weights; "in_place" keeps those, as
-    the in-process engine does.
+    the in-process engine does, and those of cached prefixes, which new turns then build upon.
     """
 
     one_by_one = False
@@ -65,7 +65,8 @@ class SGLang:
         body = {
             "model_path": str(snapshot.folder.absolute()),
             "weight_version": snapshot.label,
-            "flush_cache": self._update != "in_place",
+            # SGLang does not flush while requests hold old keys and values
+            "flush_cache": self._update != "in_place" or not replica.running,
         }
         try:
             answer = await replica.call("/update_weights_from_disk", body, timeout_s=self._load_s)

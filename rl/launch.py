@@ -202,5 +202,5 @@ def _filled(word: str, facts: dict[str, str]) -> str:
 
 def router_command(python: str, urls: Sequence[str], port: int) -> list[str]:
     """SGLang's router in front of servers, each episode kept on one of them."""
-    policy = ["--policy", "consistent_hashing", "--host", "127.0.0.1", "--port", str(port)]
+    policy = ["--policy", "manual", "--host", "127.0.0.1", "--port", str(port)]
     return [python, "-P", str(SHIM), "router", "--worker-urls", *urls, *policy]
