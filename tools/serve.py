@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
     from model.export_folder import check_manifest
     from model.hf import checked_tensors, read_config
-    from rl.launch import Launch, chip_here, interpreter
+    from rl.launch import Kind, Launch, chip_here, interpreter
     from rl.snapshot import label_of
 
     config = read_config(args.snapshot)
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     name = args.snapshot.name
     version = int(name[1:]) if name.startswith("v") and name[1:].isdecimal() else 0
     chip = args.chip or chip_here()
-    kind = args.kind or ("sglang-jax" if chip == "tpu" else "sglang")
+    kind: Kind = args.kind or ("sglang-jax" if chip == "tpu" else "sglang")
     elsewhere = args.print or args.json
     launch = Launch(
         kind,

@@ -234,7 +234,8 @@ def measure(run: Path, tokens_per_s: float) -> list[list[tuple[float, float]]]:
             tokens: Counter[int] = Counter(n for n in trajectory.turn_of_ids() if n >= 0)
             sampled = sum(author != ENVIRONMENT for author in trajectory.author)
             rest = max(0.0, trajectory.seconds - sampled / tokens_per_s)
-            found.append([(count, rest / (len(tokens) + 1)) for _, count in sorted(tokens.items())])
+            tool_s = rest / (len(tokens) + 1)
+            found.append([(float(count), tool_s) for _, count in sorted(tokens.items())])
     if not found:
         raise InputError(f"{run} has no RL episodes to measure")
     return found
