@@ -287,8 +287,7 @@ CONFIG = RLConfig(
 )
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(("thinking", "lag"), [(True, 0), (False, 1)])
 def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thinking: bool, lag: int
 ) -> None:
