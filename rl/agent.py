@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from sandbox.agent_tools import Observation, ToolBox, ToolCall
@@ -41,12 +41,18 @@ class AgentConfig:
 @dataclass(frozen=True)
 class Reply:
     """One sampled turn: token ids with their sampling log-probabilities; `ended` by its own end
-    token, rather than by the token limit."""
+    token, rather than by the token limit. `versions`: of the weights that sampled each token; empty
+    for a policy without weights."""
 
     ids: list[int]
     logprobs: list[float]
     ended: bool
-    weight_version: int = -1
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights at the last token; -1 for a policy without weights."""
+        return self.versions[-1] if self.versions else -1
 
 
 class Session(Protocol):
@@ -151,7 +157,7 @@ async def _converse(
             return
         record.add(ids, ENVIRONMENT)
         reply = await session.reply(ids, texts, budget)
-        record.add(reply.ids, POLICY, reply.logprobs)
+        record.add(reply.ids, POLICY, reply.logprobs, reply.versions or None)
         record.weight_version = reply.weight_version
         text = renderer.tokenizer.decode(reply.ids)
         turn = Turn(text, [], [])

@@ -11,7 +11,10 @@ import asyncio
 from collections.abc import Sequence
 
 from model.decode import Engine, Result
+from model.hf import load_hf
 from rl.agent import Reply
+from rl.probe import Probe
+from rl.snapshot import Snapshot
 
 
 class InProcessServer:
@@ -36,6 +39,18 @@ class InProcessServer:
         """A session in a free slot; waits for one."""
         await self._free.acquire()
         return ServerSession(self, self._engine.open(), seed)
+
+    async def publish(self, snapshot: Snapshot, probe: Probe | None) -> None:
+        """Use the snapshot's weights from the next token on. They are read from the very folder,
+        checked against its manifest, so that there is nothing for a probe to find."""
+        self._engine.set_params(load_hf(snapshot.folder).params, snapshot.version)
+
+    def metrics(self) -> dict[str, float]:
+        """None: what the engine does is measured by `remend bench`."""
+        return {}
+
+    async def close(self) -> None:
+        pass
 
     async def _generate(self, slot: int, ids: Sequence[int], max_new: int, seed: int) -> Result:
         self._engine.extend(slot, list(ids))
@@ -83,7 +98,7 @@ class ServerSession:
             ids=result.ids,
             logprobs=result.logprobs,
             ended=result.finish == "stop",
-            weight_version=result.version,
+            versions=result.versions,
         )
 
     def close(self) -> None:

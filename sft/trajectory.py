@@ -33,7 +33,8 @@ class Trajectory:
       author: for each id, `POLICY` (sampled, trained on), `ENVIRONMENT`, or `DROPPED`: sampled, but
         calls behind a test run that passed, which had no effect and are not trained on.
       logprobs: for each id, its sampling log-probability in nats (0.0 where the environment wrote).
-      weight_version: version of the weights that sampled it; -1 for a policy without weights.
+      weight_version: version of the weights that sampled its end; -1 for a policy without weights.
+      versions: the same for each id; -1 where the environment wrote.
       reward: 1.0 for a passing verdict, else 0.0.
       stop: why the episode ended: "submit", "turns", "tokens".
     """
@@ -49,6 +50,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     author: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     patch: str = ""
     verdict: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +61,11 @@ class Trajectory:
     @property
     def success(self) -> bool:
         return self.verdict.get("verdict") == "pass"
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version that sampled a token of it; -1 for a policy without weights."""
+        return min((v for v in self.versions if v >= 0), default=self.weight_version)
 
     @property
     def tool_counts(self) -> dict[str, int]:
@@ -77,11 +84,18 @@ class Trajectory:
             last = author
         return found
 
-    def add(self, ids: list[int], author: int, logprobs: list[float] | None = None) -> None:
+    def add(
+        self,
+        ids: list[int],
+        author: int,
+        logprobs: list[float] | None = None,
+        versions: list[int] | None = None,
+    ) -> None:
         """Append tokens of one author."""
         self.ids += ids
         self.author += [author] * len(ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+        self.versions += versions if versions is not None else [-1] * len(ids)
 
 
 def to_record(trajectory: Trajectory) -> dict[str, Any]:
@@ -108,8 +122,10 @@ def _parse(path: Path, numbered: Iterable[tuple[int, dict[str, Any]]]) -> list[T
             record["turns"] = [Turn(**turn) for turn in record["turns"]]
             trajectory = Trajectory(**record)
             lengths = {len(trajectory.ids), len(trajectory.author), len(trajectory.logprobs)}
+            if trajectory.versions:
+                lengths.add(len(trajectory.versions))
             if len(lengths) != 1:
-                raise ValueError("ids, author and logprobs differ in length")
+                raise ValueError("ids, author, logprobs and versions differ in length")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}:{number}: not a trajectory: {error}") from None
         found.append(trajectory)

@@ -24,6 +24,8 @@ VERBS = {
     "score": ("tools.checkpoints:score", "log-probabilities of token ids under a checkpoint"),
     "generate": ("tools.checkpoints:generate", "continue token ids under a checkpoint"),
     "plan": ("tools.plan.cli", "what a run costs on a TPU slice, compiled ahead of time"),
+    "serve": ("tools.serve", "start an SGLang policy server for a snapshot, or print the command"),
+    "simulate": ("tools.simulate", "size an asynchronous run from latencies, before renting it"),
     "report": ("tools.report", "a run as a page, two runs beside each other, figures for papers"),
     "watch": ("tools.watch", "a running job in the terminal"),
     "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),
@@ -31,12 +33,13 @@ VERBS = {
 
 # top-level module -> what to install when it is missing
 INSTALLS = {
-    **dict.fromkeys(("jax", "flax", "optax", "orbax", "tokenizers", "safetensors"), "remend"),
+    **dict.fromkeys(
+        ("jax", "flax", "optax", "orbax", "tokenizers", "safetensors", "httpx2"), "remend"
+    ),
     **dict.fromkeys(("numpy", "yaml", "pydantic", "rich", "unearth", "pytest"), "remend"),
     "docker": "remend[docker]",
     "libtpu": "remend[tpu]",
     "maxtext": "remend[tpu]",
-    "sglang": "remend[sglang]",
     "tensorflow_datasets": "remend[datasets]",
     "torch": "remend[parity]",
     "transformers": "remend[parity]",

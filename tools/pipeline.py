@@ -32,8 +32,8 @@ from model.share import whole
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
 from rl.rollout import Episode, run_episodes, run_to_file
-from rl.snapshot import Snapshots
-from rl.train import RLConfig, episode_seed, train_rl
+from rl.serving import SGLangConfig, check_serving
+from rl.train import RLConfig, episode_seed
 from sandbox.agent_tools import TOOLS
 from sandbox.base import Limits
 from sandbox.local import LocalPool
@@ -44,6 +44,7 @@ from sft.examples import Examples
 from sft.train import SFTConfig, train_sft
 from sft.trajectory import Trajectory
 from tools.progress import progress
+from tools.reinforce import reinforce
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,18 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The in-process policy server. `slots`: episodes that hold a KV cache at one time. A decode
-    step computes all of them: more than there are sandboxes stay empty, and cost as much."""
+    """What samples in rollouts. `kind`: "inprocess", this process's own engine (evaluations always
+    use it), or servers of "sglang" or "sglang-jax".
 
+    `slots`: episodes that hold a KV cache at one time. A decode step of the own engine computes all
+    of them: more than there are sandboxes stay empty, and cost as much.
+    """
+
+    kind: Literal["inprocess", "sglang", "sglang-jax"] = "inprocess"
     slots: int = 4
     prefill_chunk: int = 64
     prefill_rows: int = 8
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,12 @@ class Pipeline:
 
     def served(self, name: str) -> InProcessServer:
         """The engine as a policy called `name`; its weights are whatever was last published."""
-        end = self.start.tokenizer.id("<|im_end|>")
-        return InProcessServer(self.engine, name, (end,), self.config.agent.temperature)
+        return InProcessServer(self.engine, name, self.stop_ids, self.config.agent.temperature)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a policy's turn."""
+        return (self.start.tokenizer.id("<|im_end|>"),)
 
     # stages
 
@@ -250,30 +261,8 @@ class Pipeline:
             tasks = solved_tasks(tasks, taught)
         folder = self.run / "snapshots" / "rl"
         if not exists(folder):
-            policy = self.served("rl")
-            snapshots = Snapshots(self.run / "snapshots", self.start.config, self.start.tokenizer)
-
-            async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
-                return await self._run(episodes, policy)
-
-            def publish(params: Params, version: int) -> None:
-                written = snapshots.write(merged(params, self.config.lora), version)
-                self.engine.set_params(load_hf(written).params, version)
-
             with progress(_label("RL")) as report:
-                params = await train_rl(
-                    self.config.rl,
-                    self.trained,
-                    add_adapters(start, self.config.lora, self.seed + 1),
-                    tasks,
-                    self.run,
-                    seed=self.seed,
-                    temperature=self.config.agent.temperature,
-                    rollout=rollout,
-                    publish=publish,
-                    mesh=self.mesh,
-                    on_step=lambda n, of, m: report(n, of, f"success {m['rl/success']:.2f}"),
-                )
+                params = await reinforce(self, start, tasks, report)
             self._keep(folder, params, self.run / "snapshots" / "sft")
         return self._load(folder)
 
@@ -313,7 +302,8 @@ class Pipeline:
                 on_done=on_done,
             )
 
-    async def _run(self, episodes: Sequence[Episode], policy: Policy) -> list[Trajectory]:
+    async def run_episodes(self, episodes: Sequence[Episode], policy: Policy) -> list[Trajectory]:
+        """Run episodes, as many at a time as the server has slots."""
         return await run_episodes(
             episodes,
             policy,
@@ -380,6 +370,8 @@ def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[
 
 def _check(config: RunConfig, rl: bool) -> None:
     """Refuse shapes that some episode would not fit, before it is rolled out."""
+    if config.server.kind != "inprocess":
+        check_serving(config.server.kind, config.server.sglang)
     agent = config.agent
     targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
     stages: dict[str, SFTConfig | RLConfig] = {"sft": config.sft}

@@ -13,11 +13,13 @@ import pytest
 from configs.schema import load
 from tools import cli
 from tools.pipeline import RunConfig
+from tools.simulate import SimulateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "tpu.md").read_text(), re.S)
+    for page in ("tpu.md", "serving.md")
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
     for line in block.splitlines()
     if line.startswith("remend ")
 ]
@@ -48,4 +50,4 @@ def test_a_command_is_one_that_the_command_line_takes(
     configs = [ROOT / word for word in argv if word.endswith(".yaml")]
     overrides = [word for word in argv if "=" in word and not word.startswith("-")]
     for path in configs:
-        load(RunConfig, path, overrides)
+        load(SimulateConfig if verb == "simulate" else RunConfig, path, overrides)

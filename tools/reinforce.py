@@ -1,0 +1,141 @@
+"""The RL stage: which loop, over which policy server, and how weights get to it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from model.hosts import barrier, host_count, host_index
+from model.lora import add_adapters, merged
+from model.qwen3 import Params
+from rl.agent import run_episode
+from rl.policy_server import PolicyServer
+from rl.probe import Probe, Prober
+from rl.rollout import Episode
+from rl.serving import open_server
+from rl.snapshot import Snapshot, Snapshots
+from rl.train import train_rl
+from rl.train_ahead import train_ahead
+from sandbox.task import Task
+from sft.trajectory import Trajectory
+from tools.progress import Report
+
+if TYPE_CHECKING:
+    from tools.pipeline import Pipeline
+
+
+async def reinforce(
+    pipeline: Pipeline, start: Params, tasks: Sequence[Task], report: Report
+) -> Params:
+    """GRPO from `start` on `tasks`, with the servers that the config names; the final parameters,
+    adapters unmerged."""
+    config = pipeline.config
+    policy = _policy_server(pipeline)
+    publish = _publisher(pipeline, policy)
+    gate = asyncio.Semaphore(config.server.slots)
+
+    async def roll(episode: Episode) -> Trajectory:
+        async with gate:
+            return await run_episode(
+                episode.task,
+                policy,
+                pipeline.pool,
+                pipeline.renderer,
+                config.agent,
+                episode.seed,
+            )
+
+    async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
+        return await pipeline.run_episodes(episodes, policy)
+
+    def on_step(done: int, of: int, values: dict[str, float]) -> None:
+        report(done, of, f"success {values['rl/success']:.2f}")
+
+    params = add_adapters(start, config.lora, pipeline.seed + 1)
+    try:
+        if config.rl.max_staleness:
+            return await train_ahead(
+                config.rl,
+                pipeline.trained,
+                params,
+                tasks,
+                pipeline.run,
+                seed=pipeline.seed,
+                temperature=config.agent.temperature,
+                roll=roll,
+                publish=publish,
+                mesh=pipeline.mesh,
+                server_metrics=policy.metrics,
+                on_step=on_step,
+            )
+        return await train_rl(
+            config.rl,
+            pipeline.trained,
+            params,
+            tasks,
+            pipeline.run,
+            seed=pipeline.seed,
+            temperature=config.agent.temperature,
+            rollout=rollout,
+            publish=publish,
+            mesh=pipeline.mesh,
+            server_metrics=policy.metrics,
+            on_step=on_step,
+        )
+    finally:
+        await policy.close()
+
+
+def _policy_server(pipeline: Pipeline) -> PolicyServer:
+    config = pipeline.config
+    server = config.server
+    if server.kind == "inprocess":
+        return pipeline.served("rl")
+    return open_server(
+        server.kind,
+        server.sglang,
+        pipeline.start.config,
+        "rl",
+        stop_ids=pipeline.stop_ids,
+        temperature=config.agent.temperature,
+        lag=config.rl.max_staleness,
+        slots=server.slots,
+        max_tokens=config.agent.max_tokens,
+        logs=pipeline.run / "server",
+        say=lambda text: print(f"server: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def _publisher(pipeline: Pipeline, policy: PolicyServer) -> Callable:
+    """What makes a snapshot of a version and has it served."""
+    config = pipeline.config
+    server = config.server.sglang
+    start = pipeline.start
+    snapshots = Snapshots(
+        pipeline.run / "snapshots",
+        start.config,
+        start.tokenizer,
+        dtype=server.snapshot_dtype,
+        budget_bytes=int(server.snapshot_gib * 2**30),
+    )
+    remote = config.server.kind != "inprocess"
+    prober = Prober(pipeline.trained, pipeline.mesh) if remote else None
+
+    def make(params: Params, version: int) -> tuple[Snapshot, Probe | None]:
+        probe = prober(params, version) if prober is not None else None
+        return snapshots.write(merged(params, config.lora), version), probe
+
+    async def publish(params: Params, version: int) -> None:
+        if config.rl.max_staleness:  # beside the learner, from a copy
+            await policy.publish(*await asyncio.to_thread(make, params, version))
+            return
+        made = make(params, version)
+        if host_count() > 1 and host_index() > 0 and server.urls:
+            barrier(f"version {version} published")  # by the first host: the others find it there
+        await policy.publish(*made)
+        if host_count() > 1 and host_index() == 0 and server.urls:
+            barrier(f"version {version} published")
+
+    return publish
