@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from sandbox.treefiles import SandboxError as SandboxError
+
 KilledBy = Literal["deadline", "memory", "output", "processes"]
 Outcome = Literal["passed", "failed", "error", "skipped", "missing"]
-
-
-class SandboxError(ValueError):
-    """Something asked of a sandbox cannot be done, through the asker's own fault: a path that leads
-    out of the tree, a file that is not there or is no regular file, a file too large to read."""
 
 
 class SandboxBroken(RuntimeError):

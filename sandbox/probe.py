@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from sandbox.base import Limits, SandboxBroken, Tree
-from sandbox.local import LocalPool, LocalSandbox
+from sandbox.base import Limits, Sandbox, SandboxBroken, Tree
+from sandbox.local import LocalPool
 
 LIMITS = Limits(memory_mib=256, processes=24, wall_s=5.0, output_bytes=65536, file_mib=16)
 
@@ -58,10 +58,10 @@ async def check_backend(backend: str) -> list[Check]:
                 return [await attempt(sandbox, folder) for attempt in _ATTEMPTS]
 
 
-Attempt = Callable[[LocalSandbox, Path], Awaitable[Check]]
+Attempt = Callable[[Sandbox, Path], Awaitable[Check]]
 
 
-async def _network(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _network(sandbox: Sandbox, folder: Path) -> Check:
     """Reach a server of ours on the loopback device."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -70,14 +70,14 @@ async def _network(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("network", "in" not in result.stdout, _last(result.stderr) or "connected")
 
 
-async def _reading(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _reading(sandbox: Sandbox, folder: Path) -> Check:
     secret = secrets.token_hex(8)
     (folder / "secret").write_text(secret)
     result = await sandbox.exec(["cat", str(folder / "secret")])
     return Check("reading outside", secret not in result.stdout, _last(result.stderr) or "read it")
 
 
-async def _writing(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _writing(sandbox: Sandbox, folder: Path) -> Check:
     target = folder / "open"
     target.mkdir()
     target.chmod(0o777)
@@ -86,7 +86,7 @@ async def _writing(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("writing outside", not planted, _last(result.stderr) or "wrote a file")
 
 
-async def _environment(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _environment(sandbox: Sandbox, folder: Path) -> Check:
     """The environments of the machine's processes, and with them what the harness was told."""
     code = (
         "import glob, os\n"
@@ -101,7 +101,7 @@ async def _environment(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("other processes", seen == "0", f"read the environment of {seen}")
 
 
-async def _processes(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _processes(sandbox: Sandbox, folder: Path) -> Check:
     """A fork bomb, of a size that would do no harm if it went off."""
     code = (
         "import os, time\n"
@@ -114,7 +114,7 @@ async def _processes(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("fork bomb", held, result.killed_by or _last(result.stderr) or "200 processes")
 
 
-async def _memory(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _memory(sandbox: Sandbox, folder: Path) -> Check:
     """More memory than allowed, in parts that each are within the limit."""
     code = (
         "import os, time\n"
@@ -129,7 +129,7 @@ async def _memory(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("memory", held, result.killed_by or _last(result.stderr) or "600 MiB")
 
 
-async def _daemon(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _daemon(sandbox: Sandbox, folder: Path) -> Check:
     """A process that leaves its session and outlives its command."""
     code = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  "
     code += "for _ in range(50): open('alive', 'a').write('x'); time.sleep(0.05)"
@@ -141,7 +141,7 @@ async def _daemon(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("daemon", sizes[0] == sizes[1], "gone" if sizes[0] == sizes[1] else "lives on")
 
 
-async def _loop(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _loop(sandbox: Sandbox, folder: Path) -> Check:
     began = time.monotonic()
     code = "import signal\nfor n in range(1, 32):\n try: signal.signal(n, signal.SIG_IGN)\n"
     code += " except OSError: pass\nwhile True: pass"
