@@ -25,13 +25,13 @@ from sandbox.base import Limits
 from sandbox.confine import CAP_DAC_READ_SEARCH
 
 # what runs inside, and what of the installed packages it may see
-_INSIDE = ("runner.py", "confine.py", "testrun.py")
+_INSIDE = ("runner.py", "confine.py", "testrun.py", "courier.py", "treefiles.py")
 _LIBRARY = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
-_HOME_INSIDE = "/run/remend"
+HOME_INSIDE = "/run/remend"
 
 # Only what is put on the path is there: no script's folder, no user's or installed packages. Not
 # isolated mode, which would leave out the environment too, and with it the fixed hash seed.
-_FLAGS = ("-P", "-s", "-S")
+FLAGS = ("-P", "-s", "-S")
 
 # Users that no machine's accounts, containers or services are given (systemd's UIDs and GIDs).
 _FIRST_SPARE_UID, _SPARE_UIDS = 1_900_000_000, 200_000_000
@@ -134,7 +134,7 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
     argv += ["--remount-ro", "/dev"]
     argv += ["--perms", "1777", "--size", str(limits.memory_mib << 19), "--tmpfs", "/tmp"]
     # folders that bwrap makes on the way to a target would be root's alone
-    for path in _parents([*(path for path, _ in _system_folders()), "/etc/x", f"{_HOME_INSIDE}/x"]):
+    for path in _parents([*(path for path, _ in _system_folders()), "/etc/x", f"{HOME_INSIDE}/x"]):
         argv += ["--dir", path]
     for path, target in _system_folders():
         argv += ["--symlink", target, path] if target else ["--ro-bind", path, path]
@@ -144,15 +144,15 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
         argv += ["--ro-bind-try", path, path]
     for name in files:
         argv += ["--ro-bind-data", f"{{{name}}}", f"/etc/{name}"]
-    for source, name in (*_inside(), *_library()):
-        argv += ["--ro-bind", str(source), f"{_HOME_INSIDE}/{name}"]
+    for source, name in (*inside(), *library()):
+        argv += ["--ro-bind", str(source), f"{HOME_INSIDE}/{name}"]
     argv += ["--bind", str(folder / "work"), "/work", "--remount-ro", "/", "--chdir", "/work", "--"]
-    argv += [interpreter(), *_FLAGS, f"{_HOME_INSIDE}/runner.py"]
-    environment = _environment("/tmp/home", "/tmp", _HOME_INSIDE)
-    setup = _setup(limits, uid, environment) | {
+    argv += [interpreter(), *FLAGS, f"{HOME_INSIDE}/runner.py"]
+    environment = environment_inside("/tmp/home", "/tmp", HOME_INSIDE)
+    setup = runner_setup(limits, uid, environment) | {
         "workspace": "/work",
         "temporary": ["/tmp", "/dev/shm"],
-        "library": _HOME_INSIDE,
+        "library": HOME_INSIDE,
         "enter_namespaces": False,
         "reads_all": False,
         "own_network": True,
@@ -161,29 +161,29 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
 
 
 def _plain(folder: Path, uid: int | None, limits: Limits, reads_all: bool) -> Launch:
-    inside = folder / "inside"
-    if not inside.exists():
-        inside.mkdir(mode=0o755)
-        for source, name in (*_inside(), *_library()):
-            (inside / name).symlink_to(source)
+    beside = folder / "inside"
+    if not beside.exists():
+        beside.mkdir(mode=0o755)
+        for source, name in (*inside(), *library()):
+            (beside / name).symlink_to(source)
     temporary = folder / "tmp"
     temporary.mkdir(mode=0o700, exist_ok=True)
     if uid is not None:
         os.chown(temporary, uid, uid)
-    environment = _environment(f"{temporary}/home", str(temporary), str(inside))
-    setup = _setup(limits, uid, environment) | {
+    environment = environment_inside(f"{temporary}/home", str(temporary), str(beside))
+    setup = runner_setup(limits, uid, environment) | {
         "workspace": str(folder / "work"),
         "temporary": [str(temporary)],
-        "library": str(inside),
+        "library": str(beside),
         "enter_namespaces": True,
         "reads_all": reads_all,
         "own_network": False,
     }
-    argv = (interpreter(), *_FLAGS, str(inside / "runner.py"))
+    argv = (interpreter(), *FLAGS, str(beside / "runner.py"))
     return Launch(argv, {}, environment, setup)
 
 
-def _setup(limits: Limits, uid: int | None, environment: dict[str, str]) -> dict[str, Any]:
+def runner_setup(limits: Limits, uid: int | None, environment: dict[str, str]) -> dict[str, Any]:
     return {
         "environment": environment,
         "uid": uid,
@@ -197,7 +197,7 @@ def _setup(limits: Limits, uid: int | None, environment: dict[str, str]) -> dict
     }
 
 
-def _environment(home: str, temporary: str, library: str) -> dict[str, str]:
+def environment_inside(home: str, temporary: str, library: str) -> dict[str, str]:
     """The whole environment inside: nothing of ours."""
     return {
         "HOME": home,
@@ -239,13 +239,13 @@ def _parents(paths: Iterable[str]) -> list[str]:
     return sorted({str(parent) for path in paths for parent in Path(path).parents if parent.name})
 
 
-def _inside() -> list[tuple[Path, str]]:
+def inside() -> list[tuple[Path, str]]:
     """The files that the runner is made of, and their names where it runs."""
     here = Path(__file__).resolve().parent
     return [(here / name, name) for name in _INSIDE]
 
 
-def _library() -> list[tuple[Path, str]]:
+def library() -> list[tuple[Path, str]]:
     """The packages that pytest is made of, and their names beside the runner."""
     found = []
     for name in _LIBRARY:
