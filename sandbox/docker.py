@@ -52,13 +52,13 @@ class DockerHost:
     def __post_init__(self) -> None:
         parts = urlsplit(self.address)
         if parts.scheme not in ("unix", "tcp", "ssh") or not (parts.path or parts.hostname):
-            raise ValueError(f"{self.url!r} is no unix://, tcp:// or ssh:// address of an engine")
+            raise ValueError(f"{self.address!r} is no unix://, tcp:// or ssh:// address")
         if parts.scheme == "tcp" and not parts.port:
-            raise ValueError(f"{self.url!r} has no port")
+            raise ValueError(f"{self.address!r} has no port")
         if self.slots < 0:
-            raise ValueError("slots must not be negative")
+            raise ValueError(f"slots must not be negative, and is {self.slots}")
         if self.tls and parts.scheme != "tcp":
-            raise ValueError("tls is for tcp:// addresses")
+            raise ValueError(f"tls is for tcp:// addresses, and this is {self.address!r}")
 
     @property
     def address(self) -> str:
@@ -209,7 +209,8 @@ class Engine:
             self._next += 1
             memory = (limits.memory_mib + RUNNER_MIB) << 20
             own = f"uid={uid},gid={uid}"
-            room = f"size={limits.memory_mib}m"
+            # no less than memory, so that it is this limit that is seen to be broken
+            room = f"size={limits.memory_mib + RUNNER_MIB}m"
             config = api.create_host_config(
                 network_mode="none",
                 cap_drop=["ALL"],
@@ -240,7 +241,8 @@ class Engine:
                 hostname="sandbox",
                 working_dir="/work",
                 stdin_open=True,  # and closed with us: then the runner ends, and its container
-                environment={"PYTHONPATH": ""},
+                # what it runs gets the path too, itself it finds its parts without
+                environment={**self.setup()["environment"], "PYTHONPATH": ""},
                 host_config=config,
                 labels={LABEL: "container", OWNER: owner(), POOL: self.pool},
             )
@@ -343,10 +345,10 @@ class Tunnel:
 @contextlib.contextmanager
 def trouble(name: str) -> Iterator[None]:
     """Whatever the engine, or the way there, does wrong, as SandboxBroken."""
+    docker = _docker()
     import requests
     import urllib3
 
-    docker = _docker()
     try:
         yield
     except AttributeError as error:  # disconnected meanwhile

@@ -30,9 +30,9 @@ FIRST_UID, UIDS = 61_184, 1000
 
 TOOLS = (
     "sh bash ls cat cp mv rm mkdir rmdir ln touch chmod head tail wc sort uniq cut tr sed grep "
-    "egrep awk find xargs diff patch tar gzip stat env printf echo true false sleep seq yes date dirname "
-    "basename readlink realpath tee test expr id uname du df mktemp mkfifo truncate setsid timeout "
-    "nproc kill ps git cmp od md5sum sha256sum comm paste fold nl tac"
+    "egrep awk find xargs diff patch tar gzip stat env printf echo true false sleep seq yes date "
+    "dirname basename readlink realpath tee test expr id uname du df mktemp mkfifo truncate "
+    "setsid timeout nproc kill ps git cmp od md5sum sha256sum comm paste fold nl tac"
 ).split()
 # of the standard library: other software, its own tests, and what wants a display
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo"}

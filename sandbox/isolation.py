@@ -9,14 +9,17 @@ namespaces where the kernel grants them. It does not hide the machine's files.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import os
 import shutil
 import site
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,9 @@ def environment_inside(home: str, temporary: str, library: str) -> dict[str, str
         "HOME": home,
         "LANG": "C.UTF-8",
         "LOGNAME": "sandbox",
+        # nothing is installed or upgraded from inside: there is no index to ask
+        "PIP_NO_INDEX": "1",
+        "UV_OFFLINE": "1",
         "PATH": f"{Path(interpreter()).parent}:/usr/local/bin:/usr/bin:/bin",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -237,6 +243,22 @@ def _site_packages() -> list[str]:
 def _parents(paths: Iterable[str]) -> list[str]:
     """Every folder that leads to one of `paths`, outermost first."""
     return sorted({str(parent) for path in paths for parent in Path(path).parents if parent.name})
+
+
+@cache
+def environment_hash() -> str:
+    """SHA-256 of the interpreter, of its standard library's names and sizes, and of what is put
+    beside them: what a sandbox of this machine finds installed."""
+    total = hashlib.sha256(sys.version.encode())
+    total.update(Path(interpreter()).read_bytes())
+    folder = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(p for p in folder.rglob("*.py") if "-packages" not in str(p))
+    for path in modules:
+        total.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\n".encode())
+    for source, name in (*inside(), *library()):
+        for path in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            total.update(f"{name}/{path.name}\0".encode() + path.read_bytes())
+    return total.hexdigest()
 
 
 def inside() -> list[tuple[Path, str]]:

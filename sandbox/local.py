@@ -19,11 +19,12 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from configs.errors import InputError
 from configs.files import write_atomic
 from sandbox.base import Limits, SandboxBroken, Tree
-from sandbox.isolation import Launch, launch, plain_user, spare_uid
+from sandbox.isolation import Launch, environment_hash, launch, plain_user, spare_uid
 from sandbox.leased import LeasedSandbox
 from sandbox.memo import TestMemo
 from sandbox.slot import ProcessSlot
@@ -91,6 +92,14 @@ class LocalPool:
                 await sandbox.close()
         finally:
             self._give(slot)
+
+    @property
+    def environment(self) -> str:
+        """SHA-256 of what sandboxes find installed, as far as it decides how tests go."""
+        return environment_hash()
+
+    def metrics(self) -> dict[str, Any]:
+        return {}
 
     async def close(self) -> None:
         """End every runner and remove every file. Leases still held break."""

@@ -6,14 +6,15 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from sandbox.backends import make_pool
 from sandbox.base import Limits, Sandbox, SandboxBroken, Tree
-from sandbox.local import LocalPool
+from sandbox.docker import DockerHost
 
 LIMITS = Limits(memory_mib=256, processes=24, wall_s=5.0, output_bytes=65536, file_mib=16)
 
@@ -27,25 +28,30 @@ class Check:
     seen: str
 
 
-async def check() -> dict[str, Any]:
-    """Try every backend: `{"backends": {NAME: {"checks": […]} | {"unavailable": why}}, "auto": …,
-    "contained": whether the backend that "auto" takes contains everything}`."""
+async def check(hosts: Sequence[DockerHost] = ()) -> dict[str, Any]:
+    """Try every backend, docker on the first of `hosts`.
+
+    `{"backends": {NAME: {"checks": […]} | {"unavailable": why}}, "auto": …, "contained": whether
+    the backend that "auto" takes contains everything}`.
+    """
     backends: dict[str, dict[str, Any]] = {}
-    names = ("bwrap", "plain")
+    names = ("bwrap", "plain", "docker")
     for name in names:
         try:
-            checks = await check_backend(name)
+            checks = await check_backend(name, hosts)
         except (SandboxBroken, InputError) as error:
             backends[name] = {"unavailable": str(error)}
+        except ModuleNotFoundError as error:
+            backends[name] = {"unavailable": f"{error.name} is not installed"}
         else:
             backends[name] = {"checks": [asdict(item) for item in checks]}
-    working = [name for name in names if "checks" in backends[name]]
+    working = [name for name in ("bwrap", "plain") if "checks" in backends[name]]
     auto = working[0] if working else None
     contained = auto is not None and all(c["contained"] for c in backends[auto]["checks"])
     return {"backends": backends, "auto": auto, "contained": contained}
 
 
-async def check_backend(backend: str) -> list[Check]:
+async def check_backend(backend: str, hosts: Sequence[DockerHost] = ()) -> list[Check]:
     """Every check on one backend; SandboxBroken or InputError if it does not work here."""
     with tempfile.TemporaryDirectory(prefix="remend-check-") as name:
         folder = Path(name)
@@ -53,7 +59,7 @@ async def check_backend(backend: str) -> list[Check]:
         tree = folder / "tree"
         tree.mkdir()
         # no warning: what the plain backend lets through is what we are about to tell
-        async with LocalPool(1, LIMITS, backend, warn=lambda text: None) as pool:
+        async with make_pool(backend, 1, LIMITS, hosts, warn=lambda text: None) as pool:
             async with pool.lease(Tree(tree)) as sandbox:
                 return [await attempt(sandbox, folder) for attempt in _ATTEMPTS]
 
