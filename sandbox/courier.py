@@ -8,18 +8,17 @@ Runs in the runner, imports the standard library only. Requests, each with one a
     bytes of all data: {"put": {…}, "made": {…}, "pruned": […]}, or {"refused" or "failed": why}
   {"op": "empty"}: {} or {"failed": why}
 
-What is put may be the answer to another task in the same tree: it is taken from the channel by a
-process of its own, so that no memory that tests inherit ever holds it.
+What is put may be the answer to another task in the same tree: it goes from the channel into pages
+of its own and from there to the files, and the pages go back to the kernel. So no memory that tests
+inherit ever holds it.
 """
 
 from __future__ import annotations
 
 import base64
-import json
+import mmap
 import os
-import struct
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from treefiles import SandboxError, Signature, Step, TreeFiles
@@ -32,24 +31,22 @@ class Courier:
         self._files = TreeFiles(folder, None)
         self._seen: dict[str, Signature] = {}
 
-    def answer(
-        self, request: Mapping[str, Any], channel: int, answers: int
-    ) -> dict[str, Any] | None:
-        """The answer, or None if another process gave it. `channel` is where data comes from."""
+    def answer(self, request: Mapping[str, Any], channel: int) -> dict[str, Any]:
+        """The answer to a request; `channel` is where the data of a "put" comes from."""
         match request["op"]:
             case "scan":
                 return attempt(self._scan)
             case "read":
-                return attempt(
-                    lambda: {"data": base64.b64encode(self._files.read(request["path"])).decode()}
-                )
+                return attempt(lambda: self._read(request["path"]))
             case "put":
-                self._apart(lambda: self._put(request, channel), answers)
+                return self._put(request, channel)
             case "empty":
-                self._apart(self._empty, answers)
+                return attempt(self._empty)
             case other:
                 raise ValueError(f"no request {other!r}")
-        return None
+
+    def _read(self, path: str) -> dict[str, Any]:
+        return {"data": base64.b64encode(self._files.read(path)).decode()}
 
     def _scan(self) -> dict[str, Any]:
         seen, self._seen = self._seen, {}  # what a scan that fails leaves
@@ -62,34 +59,21 @@ class Courier:
         return {"changed": changed}
 
     def _put(self, request: Mapping[str, Any], channel: int) -> dict[str, Any]:
-        data = memoryview(take(channel, request["bytes"]))
-        steps, at = [], 0
-        for kind, path, mode, mtime_ns, size in request["steps"]:
-            steps.append(Step(kind, path, bytes(data[at : at + size]), mode, mtime_ns))
-            at += size
-        return vars(self._files.apply(steps))
+        with mmap.mmap(-1, max(1, request["bytes"])) as pages:
+            with memoryview(pages) as data:
+                fill(data[: request["bytes"]], channel)
+                return attempt(lambda: vars(self._files.apply(list(_steps(request, data)))))
 
     def _empty(self) -> dict[str, Any]:
         self._files.empty()
         return {}
 
-    def _apart(self, work: Callable[[], dict[str, Any]], answers: int) -> None:
-        """Do it, and answer, in a forked process."""
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                body = json.dumps(attempt(work)).encode()
-                data = memoryview(struct.pack(">I", len(body)) + body)
-                while data:
-                    data = data[os.write(answers, data) :]
-                code = 0
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        if status:
-            print(f"a process that handled files ended with {status}", file=sys.stderr)
-            os._exit(70)
+
+def _steps(request: Mapping[str, Any], data: memoryview) -> Iterator[Step]:
+    at = 0
+    for kind, path, mode, mtime_ns, size in request["steps"]:
+        yield Step(kind, path, data[at : at + size], mode, mtime_ns)
+        at += size
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -102,12 +86,10 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"failed": str(error)}
 
 
-def take(channel: int, count: int) -> bytearray:
-    """Exactly `count` bytes; ends the process at the end of input."""
-    data = bytearray()
-    while len(data) < count:
-        chunk = os.read(channel, min(count - len(data), 1 << 20))
-        if not chunk:
-            os._exit(1)
-        data += chunk
-    return data
+def fill(data: memoryview, channel: int) -> None:
+    """Read as much as `data` holds; ends the process at the end of input."""
+    while data:
+        count = os.readv(channel, [data])
+        if not count:
+            os._exit(0)
+        data = data[count:]

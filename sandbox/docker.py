@@ -10,12 +10,13 @@ import contextlib
 import os
 import random
 import shutil
+import socket
 import ssl
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,8 @@ class Engine:
 
     # -- containers
 
-    def create(self) -> str:
-        """A new container, not started: its id."""
+    def create(self, command: Sequence[str] | None = None) -> str:
+        """A new container, not started: its id. `command`: instead of the runner."""
         with trouble(self.name):
             api, limits = self._client.api, self.limits
             uid = self._uids[self._next % len(self._uids)]
@@ -235,7 +236,7 @@ class Engine:
             python = "python3" if self.container.image else interpreter()
             made = api.create_container(
                 self._image,
-                [python, *FLAGS, f"{HOME_INSIDE}/runner.py"],
+                list(command or [python, *FLAGS, f"{HOME_INSIDE}/runner.py"]),
                 entrypoint=[],
                 user=f"{uid}:{uid}",
                 hostname="sandbox",
@@ -251,6 +252,22 @@ class Engine:
     def start(self, container: str) -> None:
         with trouble(self.name):
             self._client.api.start(container)
+
+    def exec(self, container: str, command: Sequence[str], stdin: bytes = b"") -> None:
+        """Run a command in a container as `docker exec` does, whatever comes of it."""
+        with trouble(self.name):
+            api = self._client.api
+            made = api.exec_create(container, list(command), stdin=bool(stdin), workdir="/work")
+            if not stdin:
+                api.exec_start(made["Id"])
+                return
+            stream = api.exec_start(made["Id"], socket=True)
+            raw = getattr(stream, "_sock", stream)
+            raw.sendall(stdin)
+            raw.shutdown(socket.SHUT_WR)
+            while raw.recv(65536):
+                pass
+            stream.close()
 
     def setup(self) -> dict[str, Any]:
         """The runner's first message."""

@@ -14,7 +14,7 @@ from typing import Any
 from configs.errors import InputError
 from sandbox.backends import make_pool
 from sandbox.base import Limits, Sandbox, SandboxBroken, Tree
-from sandbox.docker import DockerHost
+from sandbox.docker import ContainerConfig, DockerHost
 
 LIMITS = Limits(memory_mib=256, processes=24, wall_s=5.0, output_bytes=65536, file_mib=16)
 
@@ -28,7 +28,9 @@ class Check:
     seen: str
 
 
-async def check(hosts: Sequence[DockerHost] = ()) -> dict[str, Any]:
+async def check(
+    hosts: Sequence[DockerHost] = (), container: ContainerConfig | None = None
+) -> dict[str, Any]:
     """Try every backend, docker on the first of `hosts`.
 
     `{"backends": {NAME: {"checks": […]} | {"unavailable": why}}, "auto": …, "contained": whether
@@ -38,7 +40,7 @@ async def check(hosts: Sequence[DockerHost] = ()) -> dict[str, Any]:
     names = ("bwrap", "plain", "docker")
     for name in names:
         try:
-            checks = await check_backend(name, hosts)
+            checks = await check_backend(name, hosts, container)
         except (SandboxBroken, InputError) as error:
             backends[name] = {"unavailable": str(error)}
         except ModuleNotFoundError as error:
@@ -51,7 +53,9 @@ async def check(hosts: Sequence[DockerHost] = ()) -> dict[str, Any]:
     return {"backends": backends, "auto": auto, "contained": contained}
 
 
-async def check_backend(backend: str, hosts: Sequence[DockerHost] = ()) -> list[Check]:
+async def check_backend(
+    backend: str, hosts: Sequence[DockerHost] = (), container: ContainerConfig | None = None
+) -> list[Check]:
     """Every check on one backend; SandboxBroken or InputError if it does not work here."""
     with tempfile.TemporaryDirectory(prefix="remend-check-") as name:
         folder = Path(name)
@@ -59,7 +63,7 @@ async def check_backend(backend: str, hosts: Sequence[DockerHost] = ()) -> list[
         tree = folder / "tree"
         tree.mkdir()
         # no warning: what the plain backend lets through is what we are about to tell
-        async with make_pool(backend, 1, LIMITS, hosts, warn=lambda text: None) as pool:
+        async with make_pool(backend, 1, LIMITS, hosts, container, warn=lambda text: None) as pool:
             async with pool.lease(Tree(tree)) as sandbox:
                 return [await attempt(sandbox, folder) for attempt in _ATTEMPTS]
 

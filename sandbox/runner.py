@@ -169,10 +169,9 @@ class Runner:
         courier: Any = None  # there for those who have the workspace in their own hands
         while (request := receive(self._channel)) is not None:
             ahead: list[str] = []
-            answer: dict[str, Any] | None
             if request["op"] == "wipe":
                 self._wipe()
-                answer = {}
+                answer: dict[str, Any] = {}
             elif request["op"] == "exec":
                 answer = self._exec(request)
             elif request["op"] in ("test", "prebuild"):
@@ -180,9 +179,8 @@ class Runner:
             else:
                 if courier is None:
                     courier = importlib.import_module("courier").Courier(self._workspace)
-                answer = courier.answer(request, self._channel, self._answers)
-            if answer is not None:
-                send(self._answers, answer)
+                answer = courier.answer(request, self._channel)
+            send(self._answers, answer)
             self._import_ahead(ahead)
 
     def _exec(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Step:
 
     kind: Literal["file", "link", "folder", "unlink", "remove", "prune"]
     path: str
-    data: bytes = b""
+    data: bytes | memoryview = b""
     mode: int = 0o644
     mtime_ns: int = 0
 
@@ -161,7 +161,7 @@ class TreeFiles:
             os.close(fd)
 
     def _put_link(self, step: Step, name: str, folder: int) -> Signature:
-        os.symlink(step.data, name, dir_fd=folder)
+        os.symlink(bytes(step.data), name, dir_fd=folder)
         if self._owner is not None:
             os.chown(name, self._owner, self._owner, dir_fd=folder, follow_symlinks=False)
         return signature(os.stat(name, dir_fd=folder, follow_symlinks=False))
