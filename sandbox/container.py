@@ -24,6 +24,7 @@ class ContainerSlot(Slot):
         super().__init__()
         self.engine = engine
         self.container = ""
+        self._abandoned = False
         self._files = RemoteFiles(self, lambda: self._loop)
         self.workspace = Workspace(self._files)
         self._stream: Attached | None = None
@@ -51,12 +52,18 @@ class ContainerSlot(Slot):
             raise SandboxBroken(self.broken)
         self.facts = facts
 
+    def abandon(self, why: str) -> None:
+        """The engine is gone, or does not answer: whoever waits for the runner hears of it now."""
+        self.broken, self._abandoned = why, True
+        if self._stream is not None:
+            self._stream.close()
+
     async def stop(self) -> KilledBy | None:
         stream, self._stream = self._stream, None
         container, self.container = self.container, ""
         if stream is not None:
             stream.close()
-        if not container:
+        if not container or self._abandoned:  # swept when the engine is back
             return None
         # shielded: whatever happens to the caller, nothing may run on
         return await asyncio.shield(asyncio.to_thread(self._remove, container))

@@ -227,6 +227,9 @@ class DockerPool:
             self._discard(member, slot)
             self._suspect(member, slot.broken or member.why)
             return
+        if self._held() > self.size and member.held > self._share(member):
+            self._discard(member, slot)  # a host that came back has taken over
+            return
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
@@ -294,20 +297,24 @@ class DockerPool:
     async def _check(self, member: Member, why: str) -> None:
         member.checked = time.monotonic()
         answers = False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PING_S):
-                answers = await asyncio.to_thread(member.engine.ping)
+        for _ in range(2):  # a busy machine may be late once
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PING_S):
+                    answers = await asyncio.to_thread(member.engine.ping)
+                break
         if member.up and (not answers or member.failures >= FAILURES):
             self._put_out(member, why or f"{member.engine.name}: no answer")
 
     def _put_out(self, member: Member, why: str) -> None:
-        """Quarantine. Leases held there end by themselves, when their streams do."""
+        """Quarantine. Leases held there break now."""
         member.quarantine(why)
         self._causes["quarantine"] += 1
         self._warn(f"remend: Docker host out of use: {why}")
-        for slot in [slot for slot in self._idle if slot in member.slots]:
-            self._idle.remove(slot)
-            self._discard(member, slot)
+        for slot in list(member.slots):
+            slot.abandon(why)
+            if slot in self._idle:
+                self._idle.remove(slot)
+                self._discard(member, slot)
 
     async def _tend(self) -> None:
         """Keep the stock full and the hosts known, until cancelled."""
@@ -334,15 +341,30 @@ class DockerPool:
                 async with asyncio.timeout(TEND_S):
                     await self._nudge.wait()
 
+    def _held(self) -> int:
+        return sum(member.held for member in self.members if member.up)
+
+    def _share(self, member: Member) -> int:
+        """How many of all slots a host should have, by what it can hold."""
+        able = sum(other.engine.capacity for other in self.members if other.up)
+        return self.size * member.engine.capacity // able if able else 0
+
     def _fill(self) -> None:
-        """Start what is missing, on the hosts with most room."""
-        while sum(member.held for member in self.members if member.up) < self.size:
+        """Start what is missing, on the hosts with most room, or with less than their share."""
+        while True:
             able = [member for member in self.members if member.may_start()]
+            if self._held() >= self.size:
+                able = [member for member in able if member.held < self._share(member)]
             if not able:
-                return
+                break
             member = min(able, key=lambda member: member.load)
             member.starting += 1
             self._spawn(self._start(member))
+        for slot in list(self._idle):
+            member = self._member(slot)
+            if self._held() > self.size and member and member.held > self._share(member):
+                self._idle.remove(slot)
+                self._discard(member, slot)
 
     async def _start(self, member: Member) -> None:
         slot = ContainerSlot(member.engine)

@@ -54,7 +54,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="docker: unix://, tcp:// or ssh:// of an engine (default: DOCKER_HOST, or the local one)",
+        help="docker: an engine, unix://, tcp:// or ssh:// (default: DOCKER_HOST, or local)",
     )
     parser.add_argument(
         "--tls", default="", metavar="DIR", help="docker: ca.pem, cert.pem, key.pem"
