@@ -361,10 +361,10 @@ class DockerPool:
             member.starting += 1
             self._spawn(self._start(member))
         for slot in list(self._idle):
-            member = self._member(slot)
-            if self._held() > self.size and member and member.held > self._share(member):
+            holder = self._member(slot)
+            if self._held() > self.size and holder and holder.held > self._share(holder):
                 self._idle.remove(slot)
-                self._discard(member, slot)
+                self._discard(holder, slot)
 
     async def _start(self, member: Member) -> None:
         slot = ContainerSlot(member.engine)
