@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from sandbox.agent_tools import Observation, ToolBox, ToolCall
-from sandbox.local import LocalPool
+from sandbox.base import SandboxPool
 from sandbox.task import Task
 from sandbox.verdict import judge
 from sft.chat import Malformed, Renderer, parse_calls
@@ -114,7 +114,12 @@ class ScriptedSession:
 
 
 async def run_episode(
-    task: Task, policy: Policy, pool: LocalPool, renderer: Renderer, config: AgentConfig, seed: int
+    task: Task,
+    policy: Policy,
+    pool: SandboxPool,
+    renderer: Renderer,
+    config: AgentConfig,
+    seed: int,
 ) -> Trajectory:
     """Run one episode and judge what it left behind. Policy mistakes end in an observation or a
     failing verdict; only harness trouble raises."""

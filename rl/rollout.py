@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from configs.files import append_jsonl
 from model.hosts import agree, barrier, exists, host_count, host_index
 from model.preempt import unless_noticed
 from rl.agent import AgentConfig, Policy, run_episode
-from sandbox.local import LocalPool
+from sandbox.base import SandboxBroken, SandboxPool
 from sandbox.task import Task
 from sft.chat import Renderer
 from sft.trajectory import Stored, Trajectory, load, save, to_record
+
+TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Episode:
 async def run_episodes(
     episodes: Sequence[Episode],
     policy: Policy,
-    pool: LocalPool,
+    pool: SandboxPool,
     renderer: Renderer,
     config: AgentConfig,
     *,
@@ -38,15 +41,25 @@ async def run_episodes(
 ) -> list[Trajectory]:
     """Run all episodes, `concurrency` at a time; results come in the order of `episodes`.
 
-    The first failure of the harness cancels the rest and is raised.
+    An episode whose sandbox breaks is run again, `TRIES` times in all. Any other failure of the
+    harness, and the last of these, cancels the rest and is raised.
     """
     gate = asyncio.Semaphore(concurrency)
 
     async def one(episode: Episode) -> Trajectory:
         async with gate:
-            done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+            done = await whole(episode)
         on_done(done)
         return done
+
+    async def whole(episode: Episode) -> Trajectory:
+        """The same task and seed again, if its sandbox broke: that part was never counted."""
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(SandboxBroken):
+                done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+                if done.verdict["verdict"] != "error":
+                    return done
+        return await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
 
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(one(episode)) for episode in episodes]
@@ -57,7 +70,7 @@ async def run_to_file(
     path: Path,
     episodes: Sequence[Episode],
     policy: Policy,
-    pool: LocalPool,
+    pool: SandboxPool,
     renderer: Renderer,
     config: AgentConfig,
     *,

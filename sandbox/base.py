@@ -7,17 +7,15 @@ back by its deadline with a result that says what happened; only trouble of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
+
+from sandbox.treefiles import SandboxError as SandboxError
 
 KilledBy = Literal["deadline", "memory", "output", "processes"]
 Outcome = Literal["passed", "failed", "error", "skipped", "missing"]
-
-
-class SandboxError(ValueError):
-    """Something asked of a sandbox cannot be done, through the asker's own fault: a path that leads
-    out of the tree, a file that is not there or is no regular file, a file too large to read."""
 
 
 class SandboxBroken(RuntimeError):
@@ -150,3 +148,35 @@ class Sandbox(Protocol):
     async def close(self) -> None:
         """Give the sandbox back."""
         ...
+
+
+class SandboxPool(Protocol):
+    """Sandboxes to be leased, wherever they are. An async context manager that closes it.
+
+    backend: the kind of sandbox, once that is known.
+    """
+
+    backend: str
+    limits: Limits
+
+    @property
+    def environment(self) -> str:
+        """SHA-256 of what sandboxes find installed; "" where that is not known yet."""
+        ...
+
+    def lease(self, tree: Tree) -> AbstractAsyncContextManager[Sandbox]:
+        """A sandbox that holds `tree`; raises SandboxBroken, and in its body too, for trouble that
+        is the harness's: the same work may well succeed in another lease."""
+        ...
+
+    def metrics(self) -> dict[str, Any]:
+        """How the pool does; {} where there is nothing to tell."""
+        ...
+
+    async def close(self) -> None:
+        """End every sandbox and leave nothing behind."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exception: object) -> None: ...

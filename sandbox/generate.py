@@ -15,9 +15,8 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 
 from configs.errors import InputError
-from sandbox.base import Sandbox, TestReport, Tree
+from sandbox.base import Sandbox, SandboxPool, TestReport, Tree
 from sandbox.coverage import Coverage, coverage
-from sandbox.local import LocalPool
 from sandbox.mutate import REVERSIBLE, Edit, apply, functions, mutations
 from sandbox.packages import Package
 from sandbox.shipped import Row, group, task_name
@@ -59,7 +58,7 @@ class Target:
 
 
 async def generate(
-    package: Package, plan: Plan, pool: LocalPool, foreign: Collection[str] = frozenset()
+    package: Package, plan: Plan, pool: SandboxPool, foreign: Collection[str] = frozenset()
 ) -> AsyncIterator[Row]:
     """Yield proven tasks of one package; its release must be in the cache.
 

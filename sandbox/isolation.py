@@ -9,14 +9,17 @@ namespaces where the kernel grants them. It does not hide the machine's files.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import os
 import shutil
 import site
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,13 @@ from sandbox.base import Limits
 from sandbox.confine import CAP_DAC_READ_SEARCH
 
 # what runs inside, and what of the installed packages it may see
-_INSIDE = ("runner.py", "confine.py", "testrun.py")
+_INSIDE = ("runner.py", "confine.py", "testrun.py", "courier.py", "treefiles.py")
 _LIBRARY = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
-_HOME_INSIDE = "/run/remend"
+HOME_INSIDE = "/run/remend"
 
 # Only what is put on the path is there: no script's folder, no user's or installed packages. Not
 # isolated mode, which would leave out the environment too, and with it the fixed hash seed.
-_FLAGS = ("-P", "-s", "-S")
+FLAGS = ("-P", "-s", "-S")
 
 # Users that no machine's accounts, containers or services are given (systemd's UIDs and GIDs).
 _FIRST_SPARE_UID, _SPARE_UIDS = 1_900_000_000, 200_000_000
@@ -134,7 +137,7 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
     argv += ["--remount-ro", "/dev"]
     argv += ["--perms", "1777", "--size", str(limits.memory_mib << 19), "--tmpfs", "/tmp"]
     # folders that bwrap makes on the way to a target would be root's alone
-    for path in _parents([*(path for path, _ in _system_folders()), "/etc/x", f"{_HOME_INSIDE}/x"]):
+    for path in _parents([*(path for path, _ in _system_folders()), "/etc/x", f"{HOME_INSIDE}/x"]):
         argv += ["--dir", path]
     for path, target in _system_folders():
         argv += ["--symlink", target, path] if target else ["--ro-bind", path, path]
@@ -144,15 +147,15 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
         argv += ["--ro-bind-try", path, path]
     for name in files:
         argv += ["--ro-bind-data", f"{{{name}}}", f"/etc/{name}"]
-    for source, name in (*_inside(), *_library()):
-        argv += ["--ro-bind", str(source), f"{_HOME_INSIDE}/{name}"]
+    for source, name in (*inside(), *library()):
+        argv += ["--ro-bind", str(source), f"{HOME_INSIDE}/{name}"]
     argv += ["--bind", str(folder / "work"), "/work", "--remount-ro", "/", "--chdir", "/work", "--"]
-    argv += [interpreter(), *_FLAGS, f"{_HOME_INSIDE}/runner.py"]
-    environment = _environment("/tmp/home", "/tmp", _HOME_INSIDE)
-    setup = _setup(limits, uid, environment) | {
+    argv += [interpreter(), *FLAGS, f"{HOME_INSIDE}/runner.py"]
+    environment = environment_inside("/tmp/home", "/tmp", HOME_INSIDE)
+    setup = runner_setup(limits, uid, environment) | {
         "workspace": "/work",
         "temporary": ["/tmp", "/dev/shm"],
-        "library": _HOME_INSIDE,
+        "library": HOME_INSIDE,
         "enter_namespaces": False,
         "reads_all": False,
         "own_network": True,
@@ -161,29 +164,29 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
 
 
 def _plain(folder: Path, uid: int | None, limits: Limits, reads_all: bool) -> Launch:
-    inside = folder / "inside"
-    if not inside.exists():
-        inside.mkdir(mode=0o755)
-        for source, name in (*_inside(), *_library()):
-            (inside / name).symlink_to(source)
+    beside = folder / "inside"
+    if not beside.exists():
+        beside.mkdir(mode=0o755)
+        for source, name in (*inside(), *library()):
+            (beside / name).symlink_to(source)
     temporary = folder / "tmp"
     temporary.mkdir(mode=0o700, exist_ok=True)
     if uid is not None:
         os.chown(temporary, uid, uid)
-    environment = _environment(f"{temporary}/home", str(temporary), str(inside))
-    setup = _setup(limits, uid, environment) | {
+    environment = environment_inside(f"{temporary}/home", str(temporary), str(beside))
+    setup = runner_setup(limits, uid, environment) | {
         "workspace": str(folder / "work"),
         "temporary": [str(temporary)],
-        "library": str(inside),
+        "library": str(beside),
         "enter_namespaces": True,
         "reads_all": reads_all,
         "own_network": False,
     }
-    argv = (interpreter(), *_FLAGS, str(inside / "runner.py"))
+    argv = (interpreter(), *FLAGS, str(beside / "runner.py"))
     return Launch(argv, {}, environment, setup)
 
 
-def _setup(limits: Limits, uid: int | None, environment: dict[str, str]) -> dict[str, Any]:
+def runner_setup(limits: Limits, uid: int | None, environment: dict[str, str]) -> dict[str, Any]:
     return {
         "environment": environment,
         "uid": uid,
@@ -197,12 +200,15 @@ def _setup(limits: Limits, uid: int | None, environment: dict[str, str]) -> dict
     }
 
 
-def _environment(home: str, temporary: str, library: str) -> dict[str, str]:
+def environment_inside(home: str, temporary: str, library: str) -> dict[str, str]:
     """The whole environment inside: nothing of ours."""
     return {
         "HOME": home,
         "LANG": "C.UTF-8",
         "LOGNAME": "sandbox",
+        # nothing is installed or upgraded from inside: there is no index to ask
+        "PIP_NO_INDEX": "1",
+        "UV_OFFLINE": "1",
         "PATH": f"{Path(interpreter()).parent}:/usr/local/bin:/usr/bin:/bin",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -239,13 +245,29 @@ def _parents(paths: Iterable[str]) -> list[str]:
     return sorted({str(parent) for path in paths for parent in Path(path).parents if parent.name})
 
 
-def _inside() -> list[tuple[Path, str]]:
+@cache
+def environment_hash() -> str:
+    """SHA-256 of the interpreter, of its standard library's names and sizes, and of what is put
+    beside them: what a sandbox of this machine finds installed."""
+    total = hashlib.sha256(sys.version.encode())
+    total.update(Path(interpreter()).read_bytes())
+    folder = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(p for p in folder.rglob("*.py") if "-packages" not in str(p))
+    for path in modules:
+        total.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\n".encode())
+    for source, name in (*inside(), *library()):
+        for path in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            total.update(f"{name}/{path.name}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def inside() -> list[tuple[Path, str]]:
     """The files that the runner is made of, and their names where it runs."""
     here = Path(__file__).resolve().parent
     return [(here / name, name) for name in _INSIDE]
 
 
-def _library() -> list[tuple[Path, str]]:
+def library() -> list[tuple[Path, str]]:
     """The packages that pytest is made of, and their names beside the runner."""
     found = []
     for name in _LIBRARY:

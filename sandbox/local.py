@@ -10,47 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
 import contextlib
 import fcntl
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from configs.errors import InputError
 from configs.files import write_atomic
-from sandbox.base import (
-    ExecResult,
-    Limits,
-    SandboxBroken,
-    SandboxError,
-    TestReport,
-    Tree,
-)
-from sandbox.isolation import (
-    Launch,
-    launch,
-    plain_user,
-    spare_uid,
-)
-from sandbox.memo import TestMemo, memo_key
-from sandbox.report import read_report
-from sandbox.slot import GRACE_S, Slot
-from sandbox.workspace import delete
+from sandbox.base import Limits, SandboxBroken, Tree
+from sandbox.isolation import Launch, environment_hash, launch, plain_user, spare_uid
+from sandbox.leased import LeasedSandbox
+from sandbox.memo import TestMemo
+from sandbox.slot import ProcessSlot
+from sandbox.treefiles import delete
 
 BACKENDS = ("auto", "bwrap", "plain")
 PREFIX = "remend-"
-PREBUILD_S = 300.0
 _ROOM_BYTES = 256 << 20  # free memory file system wanted for each slot, or the disk is used
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class LocalPool:
@@ -82,9 +64,9 @@ class LocalPool:
         self._warned = False
         self._folder: Path | None = None
         self._lock_fd = -1
-        self._slots: list[Slot] = []
-        self._idle: list[Slot] = []
-        self._waiting: deque[asyncio.Future[Slot | None]] = deque()
+        self._slots: list[ProcessSlot] = []
+        self._idle: list[ProcessSlot] = []
+        self._waiting: deque[asyncio.Future[ProcessSlot | None]] = deque()
         self._wanted = 0  # slots there are or that are being started
         self._closed = False
         self._choosing = asyncio.Lock()
@@ -97,12 +79,12 @@ class LocalPool:
         await self.close()
 
     @contextlib.asynccontextmanager
-    async def lease(self, tree: Tree) -> AsyncIterator[LocalSandbox]:
+    async def lease(self, tree: Tree) -> AsyncIterator[LeasedSandbox]:
         """A sandbox that holds `tree`; first come, first served. Raises SandboxBroken, or
         InputError if the wanted backend is not there."""
         slot = await self._take(tree.root)
         try:
-            sandbox = LocalSandbox(self, slot)
+            sandbox = LeasedSandbox(self, slot)
             await sandbox.reset(tree)
             try:
                 yield sandbox
@@ -110,6 +92,14 @@ class LocalPool:
                 await sandbox.close()
         finally:
             self._give(slot)
+
+    @property
+    def environment(self) -> str:
+        """SHA-256 of what sandboxes find installed, as far as it decides how tests go."""
+        return environment_hash()
+
+    def metrics(self) -> dict[str, Any]:
+        return {}
 
     async def close(self) -> None:
         """End every runner and remove every file. Leases still held break."""
@@ -123,7 +113,7 @@ class LocalPool:
 
     # -- slots
 
-    async def _take(self, root: Path) -> Slot:
+    async def _take(self, root: Path) -> ProcessSlot:
         if self._closed:
             raise RuntimeError("this sandbox pool has been closed")
         if self._idle:
@@ -142,7 +132,7 @@ class LocalPool:
                 raise
             self._slots.append(slot)
             return slot
-        future: asyncio.Future[Slot | None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ProcessSlot | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         try:
             given = await future
@@ -152,14 +142,14 @@ class LocalPool:
             raise
         return given or await self._take(root)
 
-    def _give(self, slot: Slot | None) -> None:
+    def _give(self, slot: ProcessSlot | None) -> None:
         """Hand a slot to whoever waits longest; None: the right to start one."""
         if slot is not None and slot not in self._slots:
             return  # closed meanwhile
         if not self._pass_on(slot) and slot is not None:
             self._idle.append(slot)
 
-    def _pass_on(self, slot: Slot | None) -> bool:
+    def _pass_on(self, slot: ProcessSlot | None) -> bool:
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
@@ -167,7 +157,7 @@ class LocalPool:
                 return True
         return False
 
-    async def _new_slot(self) -> Slot:
+    async def _new_slot(self) -> ProcessSlot:
         if self._folder is None:
             self._make_folder()
         if self.backend == "auto":
@@ -179,7 +169,7 @@ class LocalPool:
             self._warn_once(slot, "it was asked for")
         return slot
 
-    async def _choose(self) -> Slot:
+    async def _choose(self) -> ProcessSlot:
         """The first slot, with whichever backend works."""
         try:
             slot = await self._start_slot("bwrap")
@@ -190,12 +180,12 @@ class LocalPool:
             self._warn_once(slot, f"bubblewrap does not work here: {error}")
         return slot
 
-    def _warn_once(self, slot: Slot, reason: str) -> None:
+    def _warn_once(self, slot: ProcessSlot, reason: str) -> None:
         if not self._warned:
             self._warned = True
             self._warn(plain_warning(slot, reason))
 
-    async def _start_slot(self, backend: str) -> Slot:
+    async def _start_slot(self, backend: str) -> ProcessSlot:
         assert self._folder is not None
         uid, reads_all = plain_user() if backend == "plain" else (spare_uid(), False)
         if backend == "plain":
@@ -203,7 +193,7 @@ class LocalPool:
         folder = Path(tempfile.mkdtemp(prefix="slot-", dir=self._folder))
         folder.chmod(0o755)
         try:
-            slot = Slot(folder, uid, self._launch(backend, folder, uid, reads_all))
+            slot = ProcessSlot(folder, uid, self._launch(backend, folder, uid, reads_all))
             await slot.start()
             if self._closed:
                 await slot.stop()
@@ -265,7 +255,7 @@ def sweep(home: Path) -> None:
                 os.close(fd)
 
 
-def plain_warning(slot: Slot, reason: str) -> str:
+def plain_warning(slot: ProcessSlot, reason: str) -> str:
     """What a user must know before running untrusted code with the plain backend."""
     lines = [
         "remend: WARNING: code under repair runs in the plain sandbox, which does NOT isolate it.",
@@ -279,141 +269,6 @@ def plain_warning(slot: Slot, reason: str) -> str:
             lines.append("  It can use the network.")
         lines.append("  It can see, and may signal, your other processes.")
     return "\n".join(lines)
-
-
-class LocalSandbox:
-    """One lease of one slot; see `sandbox.base.Sandbox`.
-
-    Test runs leave no trace: they start with empty temporary folders, and whatever they write into
-    the tree is taken back, unless a command (`exec`) changed the tree before.
-    """
-
-    def __init__(self, pool: LocalPool, slot: Slot) -> None:
-        self._pool = pool
-        self._slot = slot
-        self._tree: Tree | None = None
-        self._busy = asyncio.Lock()
-        self._commands_ran = False  # since it was last known what the tree holds
-        self._known = True
-
-    async def exec(
-        self, argv: Sequence[str], *, timeout_s: float | None = None, stdin: bytes = b""
-    ) -> ExecResult:
-        """Run a command in the tree's root; everything it started is gone when this returns."""
-        if not argv or not argv[0] or any("\0" in part for part in argv):
-            raise SandboxError("a command needs a name, and no NUL bytes")
-        message = {
-            "op": "exec",
-            "argv": list(argv),
-            "stdin": base64.b64encode(stdin).decode(),
-            "python_path": list(self._leased().python_path),
-        }
-        async with self._busy:
-            self._commands_ran = True
-            self._slot.untidy = True
-            answer = await self._ask(message, timeout_s)
-        return ExecResult(
-            exit_code=answer["exit_code"],
-            stdout=answer.get("stdout", ""),
-            stderr=answer.get("stderr", ""),
-            timed_out=answer["killed_by"] == "deadline",
-            killed_by=answer["killed_by"],
-            seconds=answer["seconds"],
-        )
-
-    async def run_tests(self, ids: Sequence[str], *, timeout_s: float | None = None) -> TestReport:
-        """Run these pytest ids (relative to the tree's root), in one process, in file order."""
-        tree, ids = self._leased(), list(dict.fromkeys(ids))
-        if not ids:
-            return TestReport((), 0, False, None, 0.0, "")
-        async with self._busy:
-            workspace, memo = self._slot.workspace, self._pool.memo
-            if self._commands_ran:
-                self._commands_ran = False
-                self._known = self._known and await _in_thread(workspace.unchanged)
-            key = None
-            if memo is not None and self._known:
-                wall_s = self._pool.limits.wall_s if timeout_s is None else timeout_s
-                key = memo_key(tree, workspace.edits(), ids, self._pool.limits, wall_s)
-                if (report := memo.get(key)) is not None:
-                    return report
-            message = {"op": "test", "ids": ids, "python_path": list(tree.python_path)}
-            self._commands_ran = True  # should this be cancelled before it is tidied up
-            report = read_report(await self._ask(message, timeout_s), ids)
-            if self._known:
-                await _in_thread(workspace.restore)
-                self._commands_ran = False
-            if memo is not None and key is not None:
-                memo.put(key, report)
-            return report
-
-    async def read(self, path: str) -> bytes:
-        """The contents of a regular file of the tree."""
-        self._leased()
-        async with self._busy:
-            return self._slot.workspace.read(path)
-
-    async def write(self, path: str, data: bytes) -> None:
-        """Replace or create a file of the tree; missing folders are made."""
-        self._leased()
-        async with self._busy:
-            self._slot.workspace.write(path, data)
-
-    async def diff(self) -> str:
-        """Unified diff from the leased tree to the present one; text files only, no caches."""
-        self._leased()
-        async with self._busy:
-            return await _in_thread(self._slot.workspace.diff)
-
-    async def reset(self, tree: Tree) -> None:
-        """Make the workspace equal to `tree`; later diffs are against it."""
-        async with self._busy:
-            await _in_thread(self._slot.workspace.lease, tree)
-            self._tree, self._known, self._commands_ran = tree, True, False
-            if self._slot.untidy and self._slot.running:
-                await self._slot.ask({"op": "wipe"}, GRACE_S)
-            self._slot.untidy = False
-
-    async def prebuild(self, test_paths: Sequence[str]) -> dict[str, bytes]:
-        """Compile every module of the tree, and collect `test_paths`: the `.pyc` files, by path."""
-        message = {
-            "op": "prebuild",
-            "ids": list(test_paths),
-            "python_path": list(self._leased().python_path),
-        }
-        async with self._busy:
-            self._commands_ran = True
-            await self._ask(message, PREBUILD_S)
-            compiled = await _in_thread(self._slot.workspace.compiled)
-            self._slot.workspace.root = None  # the tree is about to change: copy it anew
-            return compiled
-
-    async def close(self) -> None:
-        """Give the sandbox back."""
-        self._tree = None
-
-    def _leased(self) -> Tree:
-        if self._tree is None:
-            raise RuntimeError("this sandbox has been given back")
-        return self._tree
-
-    async def _ask(self, message: dict[str, Any], timeout_s: float | None) -> dict[str, Any]:
-        """Put a request to the runner, started if need be; an answer even if it does not live."""
-        wall_s = self._pool.limits.wall_s if timeout_s is None else timeout_s
-        if not self._slot.running:
-            await self._slot.start()
-        began = time.monotonic()
-        answer = await self._slot.ask({**message, "wall_s": wall_s}, wall_s + GRACE_S)
-        if answer is not None:
-            return answer
-        seconds = time.monotonic() - began
-        return {
-            "exit_code": -9,
-            "killed_by": "deadline" if seconds >= wall_s else None,
-            "seconds": seconds,
-            "lines": [],
-            "tail": "",
-        }
 
 
 async def prebuild(
@@ -432,13 +287,3 @@ async def prebuild(
     for path, data in compiled.items():
         write_atomic(root / path, data)
     return len(compiled)
-
-
-async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run blocking work elsewhere; a cancelled caller still waits for it to be over."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise

@@ -6,14 +6,15 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from sandbox.base import Limits, SandboxBroken, Tree
-from sandbox.local import LocalPool, LocalSandbox
+from sandbox.backends import make_pool
+from sandbox.base import Limits, Sandbox, SandboxBroken, Tree
+from sandbox.docker import ContainerConfig, DockerHost
 
 LIMITS = Limits(memory_mib=256, processes=24, wall_s=5.0, output_bytes=65536, file_mib=16)
 
@@ -27,25 +28,34 @@ class Check:
     seen: str
 
 
-async def check() -> dict[str, Any]:
-    """Try every backend: `{"backends": {NAME: {"checks": […]} | {"unavailable": why}}, "auto": …,
-    "contained": whether the backend that "auto" takes contains everything}`."""
+async def check(
+    hosts: Sequence[DockerHost] = (), container: ContainerConfig | None = None
+) -> dict[str, Any]:
+    """Try every backend, docker on the first of `hosts`.
+
+    `{"backends": {NAME: {"checks": […]} | {"unavailable": why}}, "auto": …, "contained": whether
+    the backend that "auto" takes contains everything}`.
+    """
     backends: dict[str, dict[str, Any]] = {}
-    names = ("bwrap", "plain")
+    names = ("bwrap", "plain", "docker")
     for name in names:
         try:
-            checks = await check_backend(name)
+            checks = await check_backend(name, hosts, container)
         except (SandboxBroken, InputError) as error:
             backends[name] = {"unavailable": str(error)}
+        except ModuleNotFoundError as error:
+            backends[name] = {"unavailable": f"{error.name} is not installed"}
         else:
             backends[name] = {"checks": [asdict(item) for item in checks]}
-    working = [name for name in names if "checks" in backends[name]]
+    working = [name for name in ("bwrap", "plain") if "checks" in backends[name]]
     auto = working[0] if working else None
     contained = auto is not None and all(c["contained"] for c in backends[auto]["checks"])
     return {"backends": backends, "auto": auto, "contained": contained}
 
 
-async def check_backend(backend: str) -> list[Check]:
+async def check_backend(
+    backend: str, hosts: Sequence[DockerHost] = (), container: ContainerConfig | None = None
+) -> list[Check]:
     """Every check on one backend; SandboxBroken or InputError if it does not work here."""
     with tempfile.TemporaryDirectory(prefix="remend-check-") as name:
         folder = Path(name)
@@ -53,15 +63,15 @@ async def check_backend(backend: str) -> list[Check]:
         tree = folder / "tree"
         tree.mkdir()
         # no warning: what the plain backend lets through is what we are about to tell
-        async with LocalPool(1, LIMITS, backend, warn=lambda text: None) as pool:
+        async with make_pool(backend, 1, LIMITS, hosts, container, warn=lambda text: None) as pool:
             async with pool.lease(Tree(tree)) as sandbox:
                 return [await attempt(sandbox, folder) for attempt in _ATTEMPTS]
 
 
-Attempt = Callable[[LocalSandbox, Path], Awaitable[Check]]
+Attempt = Callable[[Sandbox, Path], Awaitable[Check]]
 
 
-async def _network(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _network(sandbox: Sandbox, folder: Path) -> Check:
     """Reach a server of ours on the loopback device."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -70,14 +80,14 @@ async def _network(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("network", "in" not in result.stdout, _last(result.stderr) or "connected")
 
 
-async def _reading(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _reading(sandbox: Sandbox, folder: Path) -> Check:
     secret = secrets.token_hex(8)
     (folder / "secret").write_text(secret)
     result = await sandbox.exec(["cat", str(folder / "secret")])
     return Check("reading outside", secret not in result.stdout, _last(result.stderr) or "read it")
 
 
-async def _writing(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _writing(sandbox: Sandbox, folder: Path) -> Check:
     target = folder / "open"
     target.mkdir()
     target.chmod(0o777)
@@ -86,7 +96,7 @@ async def _writing(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("writing outside", not planted, _last(result.stderr) or "wrote a file")
 
 
-async def _environment(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _environment(sandbox: Sandbox, folder: Path) -> Check:
     """The environments of the machine's processes, and with them what the harness was told."""
     code = (
         "import glob, os\n"
@@ -101,7 +111,7 @@ async def _environment(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("other processes", seen == "0", f"read the environment of {seen}")
 
 
-async def _processes(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _processes(sandbox: Sandbox, folder: Path) -> Check:
     """A fork bomb, of a size that would do no harm if it went off."""
     code = (
         "import os, time\n"
@@ -114,7 +124,7 @@ async def _processes(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("fork bomb", held, result.killed_by or _last(result.stderr) or "200 processes")
 
 
-async def _memory(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _memory(sandbox: Sandbox, folder: Path) -> Check:
     """More memory than allowed, in parts that each are within the limit."""
     code = (
         "import os, time\n"
@@ -129,7 +139,7 @@ async def _memory(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("memory", held, result.killed_by or _last(result.stderr) or "600 MiB")
 
 
-async def _daemon(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _daemon(sandbox: Sandbox, folder: Path) -> Check:
     """A process that leaves its session and outlives its command."""
     code = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  "
     code += "for _ in range(50): open('alive', 'a').write('x'); time.sleep(0.05)"
@@ -141,7 +151,7 @@ async def _daemon(sandbox: LocalSandbox, folder: Path) -> Check:
     return Check("daemon", sizes[0] == sizes[1], "gone" if sizes[0] == sizes[1] else "lives on")
 
 
-async def _loop(sandbox: LocalSandbox, folder: Path) -> Check:
+async def _loop(sandbox: Sandbox, folder: Path) -> Check:
     began = time.monotonic()
     code = "import signal\nfor n in range(1, 32):\n try: signal.signal(n, signal.SIG_IGN)\n"
     code += " except OSError: pass\nwhile True: pass"

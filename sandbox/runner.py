@@ -4,9 +4,10 @@ Started as `python -P -s -S runner.py`, with the standard library and pytest at 
 else. It imports pytest once; a test run is then a fork away. Untrusted code runs in the children
 only, which hold no way to the harness and cannot trace or signal this process.
 
-Messages over the socket that is descriptor 0, both ways, are a 4-byte big-endian length and JSON.
-The first one configures; each later `{"op": "exec" | "test" | "prebuild" | "wipe", …}` has one
-answer. End of input ends the runner and, as process 1 of its namespace, everything else.
+Messages over the socket that is descriptor 0, both ways, or over descriptors 0 and 1 if those are
+pipes (a container's), are a 4-byte big-endian length and JSON. The first one configures; each later
+`{"op": "exec" | "test" | "prebuild" | "wipe", …}` has one answer, as have those about files (see
+`courier`). End of input ends the runner and, as process 1 of its namespace, everything else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import resource
 import select
 import shutil
 import signal
+import stat
 import struct
 import sys
 import time
@@ -139,9 +141,14 @@ class Runner:
     """Serves one harness over a connected socket."""
 
     def __init__(
-        self, channel: int, setup: Mapping[str, Any], facts: Mapping[str, Any], shares_user: bool
+        self,
+        channel: int,
+        answers: int,
+        setup: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        shares_user: bool,
     ) -> None:
-        self._channel = channel
+        self._channel, self._answers = channel, answers
         self._facts = facts
         self._workspace: str = setup["workspace"]
         self._temporary: list[str] = setup["temporary"]
@@ -158,7 +165,8 @@ class Runner:
         """Answer requests until there are no more. Also raises, in a child that is to run tests."""
         settle()
         self._wipe()
-        send(self._channel, self._facts)
+        send(self._answers, self._facts)
+        courier: Any = None  # there for those who have the workspace in their own hands
         while (request := receive(self._channel)) is not None:
             ahead: list[str] = []
             if request["op"] == "wipe":
@@ -166,9 +174,13 @@ class Runner:
                 answer: dict[str, Any] = {}
             elif request["op"] == "exec":
                 answer = self._exec(request)
-            else:
+            elif request["op"] in ("test", "prebuild"):
                 answer, ahead = self._test(request)
-            send(self._channel, answer)
+            else:
+                if courier is None:
+                    courier = importlib.import_module("courier").Courier(self._workspace)
+                answer = courier.answer(request, self._channel)
+            send(self._answers, answer)
             self._import_ahead(ahead)
 
     def _exec(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +327,8 @@ class Runner:
         return {"exit_code": code, "killed_by": killed_by, "seconds": time.monotonic() - began}
 
     def _enter_child(self, wall_s: float, processes_limit: int) -> None:
-        os.close(self._channel)
+        for fd in {self._channel, self._answers}:
+            os.close(fd)
         os.setsid()
         confine.expose()
         for kind, value in (
@@ -346,8 +359,8 @@ class Runner:
         """Free space where children can write, in bytes, files themselves counted."""
         free = {}
         for path in (self._workspace, *self._temporary):
-            stat = os.statvfs(path)
-            free[os.stat(path).st_dev] = stat.f_bfree * stat.f_frsize + stat.f_ffree * INODE_BYTES
+            room = os.statvfs(path)
+            free[os.stat(path).st_dev] = room.f_bfree * room.f_frsize + room.f_ffree * INODE_BYTES
         return sum(free.values())
 
     def _over_limit(self, disk_before: int) -> str | None:
@@ -477,10 +490,15 @@ def send(channel: int, message: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Confine this process as the first message asks, load pytest, and serve."""
-    channel = os.dup(0)
+    channel = answers = os.dup(0)
     os.set_inheritable(channel, False)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
+    contained = not stat.S_ISSOCK(os.fstat(channel).st_mode)
+    if contained:
+        answers = os.dup(1)
+        os.set_inheritable(answers, False)
+        os.dup2(2, 1)
     setup = receive(channel)
     if setup is None:
         return
@@ -492,7 +510,9 @@ def main() -> None:
     confine.first_to_be_killed()
     own_processes = os.getpid() == 1
     # process 1 takes its whole namespace along; without one, `kill_all` needs us to outlive others
-    confine.drop_privileges(setup["uid"], setup["gid"], own_processes, setup["reads_all"])
+    # a container's process 1 has a parent that is not ours, and ends with its input
+    mortal = own_processes and not contained
+    confine.drop_privileges(setup["uid"], setup["gid"], mortal, setup["reads_all"])
     program = confine.filter_program(
         guard=None if own_processes else os.getpid(),
         network=setup["own_network"] or facts["namespaces"],
@@ -503,7 +523,7 @@ def main() -> None:
 
     confine.protect()
     shares_user = not own_processes and setup["uid"] is None
-    runner = Runner(channel, setup, facts, shares_user)
+    runner = Runner(channel, answers, setup, facts, shares_user)
     try:
         testrun.serve_from_pytest(runner.serve, setup["workspace"], setup["library"])
     except BaseException:

@@ -1,7 +1,8 @@
-"""One runner process and the workspace it serves: started, asked, killed and started again."""
+"""One runner and the workspace it serves: started, asked, killed and started again."""
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -14,26 +15,97 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sandbox.base import SandboxBroken
+from sandbox.base import KilledBy, SandboxBroken
 from sandbox.isolation import Launch
-from sandbox.workspace import Workspace, delete
+from sandbox.treefiles import TreeFiles, delete
+from sandbox.workspace import Workspace
 
 START_S = 60.0
 GRACE_S = 3.0  # what the runner has, past a deadline, to say so
 MAX_ANSWER_BYTES = 64 << 20
 
 
-class Slot:
-    """A runner, started as `launch` says, with its workspace in `folder`, which is there and empty.
+class Slot(abc.ABC):
+    """A runner and its workspace, wherever they are.
+
+    Attributes:
+      facts: what the runner said of itself when it started.
+      untidy: whether a command may have left temporary files.
+      broken: why the slot is of no use any more; "" while it is.
+      keeps_files: whether the workspace outlives its runner.
+    """
+
+    keeps_files = True
+    workspace: Workspace
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self.untidy = False
+        self.broken = ""
+
+    @property
+    @abc.abstractmethod
+    def running(self) -> bool: ...
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Start the runner and wait until it serves; SandboxBroken if it does not come up."""
+
+    @abc.abstractmethod
+    async def stop(self) -> KilledBy | None:
+        """Kill the runner and everything it started; returns when they are gone.
+
+        Tells what had ended it already, if that is known."""
+
+    @abc.abstractmethod
+    async def _send(self, data: bytes) -> None: ...
+
+    @abc.abstractmethod
+    async def _receive(self, count: int) -> bytes: ...
+
+    async def ask(
+        self, message: Mapping[str, Any], timeout_s: float, payload: bytes = b""
+    ) -> dict[str, Any] | None:
+        """One request and its answer; None if it did not come in time, or at all, or was none.
+
+        After None, as after a cancelled call, the runner and all it ran are gone. Raises
+        SandboxBroken if the slot is, too.
+        """
+        body = json.dumps(message).encode()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._send(struct.pack(">I", len(body)) + body + payload)
+                (size,) = struct.unpack(">I", await self._receive(4))
+                if size > MAX_ANSWER_BYTES:
+                    raise ValueError("answer too large")
+                answer = json.loads(await self._receive(size))
+                if not isinstance(answer, dict):
+                    raise ValueError("answer is no object")
+                return answer
+        except (OSError, EOFError, ValueError, RecursionError):  # TimeoutError is an OSError
+            self.ended_by = await self.stop()
+            if self.broken:
+                raise SandboxBroken(self.broken) from None
+            return None
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+
+    ended_by: KilledBy | None = None
+
+
+class ProcessSlot(Slot):
+    """A runner on this machine, started as `launch` says, with its workspace in `folder`, which is
+    there and empty.
 
     `uid`: the user it runs as (None: as us).
     """
 
     def __init__(self, folder: Path, uid: int | None, launch: Launch) -> None:
+        super().__init__()
         self.folder = folder
-        self.facts: dict[str, Any] = {}
-        self.untidy = False  # whether a command may have left temporary files
-        self.workspace = Workspace(folder / "work", uid)
+        (folder / "work").mkdir(mode=0o755)
+        self.workspace = Workspace(TreeFiles(str(folder / "work"), uid))
         self._launch = launch
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -43,7 +115,6 @@ class Slot:
         return self._channel is not None
 
     async def start(self) -> None:
-        """Start the runner and wait until it serves; SandboxBroken if it does not come up."""
         if (temporary := self.folder / "tmp").exists():  # not the namespace's, so it outlives it
             delete(*(temporary / name for name in os.listdir(temporary)))
         ours, theirs = socket.socketpair()
@@ -81,30 +152,9 @@ class Slot:
             raise SandboxBroken(f"the sandbox's runner does not start: {self._last_words()}")
         self.facts = facts
 
-    async def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any] | None:
-        """One request and its answer; None if it did not come in time, or at all, or was none.
-
-        After None, as after a cancelled call, the runner and all it ran are gone.
-        """
+    async def _send(self, data: bytes) -> None:
         assert self._channel is not None
-        loop = asyncio.get_running_loop()
-        body = json.dumps(message).encode()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await loop.sock_sendall(self._channel, struct.pack(">I", len(body)) + body)
-                (size,) = struct.unpack(">I", await self._receive(4))
-                if size > MAX_ANSWER_BYTES:
-                    raise ValueError("answer too large")
-                answer = json.loads(await self._receive(size))
-                if not isinstance(answer, dict):
-                    raise ValueError("answer is no object")
-                return answer
-        except (OSError, EOFError, ValueError, RecursionError):  # TimeoutError is an OSError
-            await self.stop()
-            return None
-        except asyncio.CancelledError:
-            await self.stop()
-            raise
+        await asyncio.get_running_loop().sock_sendall(self._channel, data)
 
     async def _receive(self, count: int) -> bytes:
         assert self._channel is not None
@@ -117,8 +167,7 @@ class Slot:
             parts += chunk
         return bytes(parts)
 
-    async def stop(self) -> None:
-        """Kill the runner and everything in its namespace; returns when they are gone."""
+    async def stop(self) -> KilledBy | None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -126,6 +175,7 @@ class Slot:
         if process is not None:
             # shielded: whatever happens to the caller, nothing may run on
             await asyncio.shield(asyncio.to_thread(end, process))
+        return None
 
     def stop_now(self) -> None:
         """As `stop`, for when there is no event loop any more."""

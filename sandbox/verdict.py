@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal, Protocol
 
-from sandbox.base import SandboxBroken, SandboxError, TestReport, Tree
-from sandbox.local import LocalPool
+from sandbox.base import SandboxBroken, SandboxError, SandboxPool, TestReport, Tree
 from sandbox.patch import FileChange, PatchError, apply_changes, parse_patch
 
+TRIES = 3  # where sandboxes break
 DOES_NOT_APPLY = "patch does not apply"
 
 
@@ -47,6 +47,7 @@ class Verdict:
       fail_to_pass, pass_to_pass: outcome by test id; "missing" for tests that were not run.
       flags: what was odd, e.g. "protected:tests/test_a.py" for a change that was left out.
       seconds: wall time of the whole judgement.
+      environment: SHA-256 of what the tests found installed.
     """
 
     verdict: Literal["pass", "fail", "quarantine", "error"]
@@ -54,9 +55,10 @@ class Verdict:
     pass_to_pass: dict[str, str]
     flags: tuple[str, ...]
     seconds: float
+    environment: str = ""
 
 
-async def judge(task: Judged, patch: str, pool: LocalPool) -> Verdict:
+async def judge(task: Judged, patch: str, pool: SandboxPool) -> Verdict:
     """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once.
 
     Raises InputError if the task's tree cannot be had.
@@ -72,8 +74,7 @@ async def judge(task: Judged, patch: str, pool: LocalPool) -> Verdict:
         if allowed:
             changed = apply_changes(lambda path: present(tree, path), allowed)
             fixed = Tree(tree.root, {**tree.overlay, **changed}, tree.python_path)
-            async with pool.lease(fixed) as sandbox:
-                report = await sandbox.run_tests(tests)
+            report = await _run(pool, fixed, tests)
     except (PatchError, SandboxError):
         flags.append(DOES_NOT_APPLY)
     except SandboxBroken as error:
@@ -89,7 +90,20 @@ async def judge(task: Judged, patch: str, pool: LocalPool) -> Verdict:
         pass_to_pass={test: outcomes.get(test, "missing") for test in task.pass_to_pass},
         flags=tuple(flags),
         seconds=time.monotonic() - began,
+        environment=pool.environment,
     )
+
+
+async def _run(pool: SandboxPool, tree: Tree, tests: Sequence[str]) -> TestReport:
+    """The tests' report, in another sandbox if one breaks."""
+    for _ in range(TRIES - 1):
+        try:
+            async with pool.lease(tree) as sandbox:
+                return await sandbox.run_tests(tests)
+        except SandboxBroken:
+            continue
+    async with pool.lease(tree) as sandbox:
+        return await sandbox.run_tests(tests)
 
 
 def restrict(

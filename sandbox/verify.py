@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sandbox.local import LocalPool
+from sandbox.base import SandboxPool
 from sandbox.task import Task
 from sandbox.verdict import judge
 
@@ -29,7 +29,7 @@ class Check:
     seconds: float
 
 
-async def verify(task: Task, pool: LocalPool, repeat: int = 1) -> Check:
+async def verify(task: Task, pool: SandboxPool, repeat: int = 1) -> Check:
     """Run both controls `repeat` times.
 
     Raises InputError when the task's release cannot be had or the bug does not fit it.

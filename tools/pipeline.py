@@ -16,7 +16,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from configs.errors import InputError
-from configs.files import write_atomic
+from configs.files import append_jsonl, write_atomic
 from configs.schema import dump
 from model.config import Qwen3Config
 from model.decode import Engine, check_room
@@ -35,8 +35,9 @@ from rl.rollout import Episode, run_episodes, run_to_file
 from rl.serving import SGLangConfig, check_serving
 from rl.train import RLConfig, episode_seed
 from sandbox.agent_tools import TOOLS
+from sandbox.backends import make_pool
 from sandbox.base import Limits
-from sandbox.local import LocalPool
+from sandbox.docker import ContainerConfig, DockerHost
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
@@ -58,13 +59,19 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """`slots`: sandboxes that run at one time, and so episodes, for each holds one until its end.
-    `backend`: auto, bwrap or plain. `remember`: give the report of an earlier test run when the
-    very same tree is tested again."""
+    """Where repairs happen.
+
+    slots: sandboxes that run at one time, and so episodes, for each holds one until its end.
+    remember: give the report of an earlier test run when the very same tree is tested again.
+    backend: auto, bwrap or plain on this machine; docker on `hosts` (none: this machine's engine).
+    container: how Docker makes them.
+    """
 
     slots: int = 4
     remember: bool = True
-    backend: Literal["auto", "bwrap", "plain"] = "auto"
+    backend: Literal["auto", "bwrap", "plain", "docker"] = "auto"
+    hosts: tuple[DockerHost, ...] = ()
+    container: ContainerConfig = field(default_factory=ContainerConfig)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -169,11 +176,14 @@ class Pipeline:
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
         self._keep_config()
-        self.pool = LocalPool(
-            config.sandbox.slots,
-            config.sandbox.limits,
-            backend=config.sandbox.backend,
-            memo=TestMemo() if config.sandbox.remember else None,
+        sandbox = config.sandbox
+        self.pool = make_pool(
+            sandbox.backend,
+            sandbox.slots,
+            sandbox.limits,
+            sandbox.hosts,
+            sandbox.container,
+            TestMemo() if sandbox.remember else None,
         )
 
     async def __aenter__(self) -> Pipeline:
@@ -291,7 +301,7 @@ class Pipeline:
                 solved.append(trajectory.success)
                 report(len(solved), len(episodes), f"success {sum(solved) / len(solved):.2f}")
 
-            return await run_to_file(
+            done = await run_to_file(
                 self.run / "trajectories" / f"{stem}.jsonl",
                 episodes,
                 policy,
@@ -301,10 +311,12 @@ class Pipeline:
                 concurrency=self.config.server.slots,
                 on_done=on_done,
             )
+        self._note_pool(stem)
+        return done
 
     async def run_episodes(self, episodes: Sequence[Episode], policy: Policy) -> list[Trajectory]:
         """Run episodes, as many at a time as the server has slots."""
-        return await run_episodes(
+        done = await run_episodes(
             episodes,
             policy,
             self.pool,
@@ -312,6 +324,14 @@ class Pipeline:
             self.config.agent,
             concurrency=self.config.server.slots,
         )
+        self._note_pool("rl")
+        return done
+
+    def _note_pool(self, stage: str) -> None:
+        """How the pool of sandboxes did so far, in `sandbox.jsonl`: queue, leases, failures."""
+        if found := self.pool.metrics():
+            name = f"sandbox.host-{host_index()}" if host_count() > 1 else "sandbox"
+            append_jsonl(self.run / f"{name}.jsonl", {"stage": stage, **found})
 
     @functools.cached_property
     def trained(self) -> Qwen3Config:
@@ -372,6 +392,9 @@ def _check(config: RunConfig, rl: bool) -> None:
     """Refuse shapes that some episode would not fit, before it is rolled out."""
     if config.server.kind != "inprocess":
         check_serving(config.server.kind, config.server.sglang)
+    sandbox = config.sandbox
+    if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
+        raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")
     agent = config.agent
     targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
     stages: dict[str, SFTConfig | RLConfig] = {"sft": config.sft}

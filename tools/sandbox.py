@@ -11,30 +11,56 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configs.errors import InputError
+from sandbox.backends import BACKENDS, make_pool
 from sandbox.base import ExecResult, Limits, Tree
-from sandbox.local import BACKENDS, LocalPool
+from sandbox.docker import ContainerConfig, DockerHost
+from sandbox.measure import measure
 from sandbox.probe import check
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend sandbox {check,run}`."""
+    """Run `remend sandbox {check,run,bench}`."""
     parser = argparse.ArgumentParser(prog="remend sandbox", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     checking = verbs.add_parser("check", help="try to break out of each backend, and say how far")
-    checking.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _common(checking)
 
     running = verbs.add_parser("run", help="run one command in a sandbox")
     running.add_argument("--backend", choices=BACKENDS, default="auto")
     running.add_argument("--dir", type=Path, help="folder to work on a copy of (default: empty)")
     running.add_argument("--timeout", type=float, default=Limits.wall_s, help="seconds")
-    running.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _common(running)
     running.add_argument("command", nargs="+", metavar="-- CMD", help="the command")
 
+    benching = verbs.add_parser("bench", help="lease, reset, exec and episodes/s of each backend")
+    benching.add_argument("--backend", choices=BACKENDS[1:], action="append", help="all by default")
+    benching.add_argument("--rounds", type=int, default=30, help="of each measure (%(default)s)")
+    benching.add_argument("--slots", type=int, default=4, help="at one time (%(default)s)")
+    _common(benching)
+
     options = parser.parse_args(argv)
-    if options.verb == "check":
-        return _check(options.json)
-    return _run(options)
+    try:
+        options.hosts = [DockerHost(url, tls=options.tls) for url in options.host]
+    except ValueError as error:
+        raise InputError(f"--host: {error}") from None
+    return {"check": _check, "run": _run, "bench": _bench}[options.verb](options)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--host",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="docker: an engine, unix://, tcp:// or ssh:// (default: DOCKER_HOST, or local)",
+    )
+    parser.add_argument(
+        "--tls", default="", metavar="DIR", help="docker: ca.pem, cert.pem, key.pem"
+    )
+    parser.add_argument("--image", default="", help="docker: image, or folder with a Dockerfile")
+    parser.add_argument("--runtime", default="", help="docker: OCI runtime, such as runsc")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -56,15 +82,39 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _execute(options: argparse.Namespace, root: Path) -> ExecResult:
-    async with LocalPool(1, Limits(wall_s=options.timeout), options.backend) as pool:
+    limits = Limits(wall_s=options.timeout)
+    async with make_pool(options.backend, 1, limits, options.hosts, _container(options)) as pool:
         async with pool.lease(Tree(root)) as sandbox:
             return await sandbox.exec(options.command)
 
 
-def _check(as_json: bool) -> int:
+def _container(options: argparse.Namespace) -> ContainerConfig:
+    return ContainerConfig(image=options.image, runtime=options.runtime)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.rounds < 3 or options.slots < 1:
+        raise InputError("--rounds must be at least 3, and --slots at least 1")
+    names = options.backend or list(BACKENDS[1:])
+    found = asyncio.run(
+        measure(names, options.hosts, options.rounds, options.slots, _container(options))
+    )
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print(f"{'':<20} {'':<12} {'value':>10}  x a fresh container")
+        for row in found["rows"]:
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:>8.1f}"
+            print(f"{row['name']:<20} {row['measure']:<12} {row['value']:>10.2f}  {ratio}")
+        for name, why in found["unavailable"].items():
+            print(f"{name}: NOT MEASURED: {why}", file=sys.stderr)
+    return 0 if found["rows"] else 1
+
+
+def _check(options: argparse.Namespace) -> int:
     """Print what every backend contains; 0 if one that works here contains everything."""
-    found = asyncio.run(check())
-    if as_json:
+    found = asyncio.run(check(options.hosts, _container(options)))
+    if options.json:
         print(json.dumps(found))
     else:
         for name, facts in found["backends"].items():

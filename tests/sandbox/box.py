@@ -10,10 +10,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sandbox.base import Limits, Tree
+from sandbox.docker import DockerHost
 from sandbox.isolation import Launch
 from sandbox.local import LocalPool
 from sandbox.memo import TestMemo
+from sandbox.pool import DockerPool
 
 LIMITS = Limits(memory_mib=256, processes=24, wall_s=5.0, output_bytes=20_000, file_mib=8)
 
@@ -142,15 +146,19 @@ class BarePool(LocalPool):
 class Box:
     """A pool of two slots, and the loop to run its coroutines in.
 
-    `kind`: a backend, or "bare" for a plain one without namespaces.
+    `kind`: a backend, or "bare" for a plain one without namespaces. "docker" is the engine that
+    DOCKER_HOST tells of.
     """
 
     def __init__(self, kind: str, limits: Limits = LIMITS, memo: TestMemo | None = None) -> None:
         self.runner = asyncio.Runner()
         self.namespaces = kind != "bare"
-        pool = BarePool if kind == "bare" else LocalPool
-        backend: Any = "plain" if kind == "bare" else kind
-        self.pool = pool(2, limits, backend, memo)
+        self.pool: Any
+        if kind == "docker":
+            self.pool = DockerPool([DockerHost()], 2, limits, memo=memo)
+        else:
+            pool = BarePool if kind == "bare" else LocalPool
+            self.pool = pool(2, limits, "plain" if kind == "bare" else kind, memo)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(work)
@@ -170,5 +178,7 @@ def bwrap_works() -> bool:
 
 
 BACKENDS = [*(["bwrap"] if bwrap_works() else []), "plain"] if sys.platform == "linux" else []
+# for the parameters of fixtures: where a Docker engine has been started, as .ci/run does
+DOCKER = [pytest.param("docker", marks=pytest.mark.service)]
 # where processes and signals, rather than files, are at stake
 KINDS = [*BACKENDS, *(["bare"] if BACKENDS else [])]

@@ -18,12 +18,12 @@ from sandbox.base import Frame, SandboxBroken, SandboxError, Tree
 from sandbox.local import PREFIX, LocalPool, prebuild, sweep
 from sandbox.memo import TestMemo, memo_key
 from sandbox.patch import apply_patch
-from tests.sandbox.box import BACKENDS, LIMITS, MODULE, Box, make_tree
+from tests.sandbox.box import BACKENDS, DOCKER, LIMITS, MODULE, Box, make_tree
 
 MODULE_TESTS = "tests/test_mod.py::"
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=[*BACKENDS, *DOCKER])
 def box(request):
     box = Box(request.param)
     yield box
