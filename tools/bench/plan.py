@@ -173,7 +173,9 @@ def _settings(options: argparse.Namespace, devices: int, slices: int, out: Path)
 
 
 def _run(python: Path, folder: Path, settings: list[str]) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    # importing libtpu, as this process has, names its library to every child: MaxText has its own
+    ours = ("PYTHONPATH", "PYTHONHOME", "TPU_LIBRARY_PATH")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
