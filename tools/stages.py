@@ -68,7 +68,8 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
     from tools.pipeline import Pipeline
 
     stage = args.policy if verb == "eval" else verb
-    serves = stage == "rl" or (verb == "eval" and stage not in ("noop", "teacher"))
+    serves = config.server.kind == "inprocess" if verb == "rl" else verb == "eval"
+    serves = serves and stage not in ("noop", "teacher")
     async with Pipeline(config, args.out, args.seed, rl=stage == "rl", serves=serves) as pipeline:
         if verb == "eval" and args.policy in ("noop", "teacher"):
             return success(await pipeline.evaluate(args.policy))
