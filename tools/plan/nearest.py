@@ -10,7 +10,7 @@ from tools.plan.job import Job
 from tools.plan.memory import GIB
 from tools.plan.search import REMATS, choices, overrides, places
 
-TRIES = 2  # compilations to confirm a choice
+TRIES = 4  # compilations to confirm a choice
 
 
 def nearest(costs: Costs, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -20,23 +20,34 @@ def nearest(costs: Costs, say: Callable[[str], None]) -> dict[str, Any] | None:
     is. Returns {"changes": overrides, "hbm_gib", "compiled"}, None if nothing fits by formula.
     """
     job, place = costs.job, places(costs.job.slice)
+    # formulas know nothing of a program's own waste: what one had, others are taken to have
+    waste = _waste(costs, by_formula(job, place(job.mesh)))
     found = []
-    # formulas know nothing of this program's own waste: what it had more is taken to stay
-    known = by_formula(job, place(job.mesh)).largest.figures.temporaries
-    waste = max(1.0, costs.largest.figures.temporaries / known)
     for choice in choices(job):
-        changes = _changes(job, choice)
-        guess = by_formula(choice, place(choice.mesh))
-        extra = (waste - 1) * guess.largest.figures.temporaries
-        if changes and guess.largest.hbm + extra <= FULL * guess.capacity:
+        changes, guess = _changes(job, choice), by_formula(choice, place(choice.mesh))
+        if changes:
             found.append((len(changes), guess.seconds, changes, choice, guess))
     found.sort(key=lambda item: item[:2])
-    for _, _, changes, choice, _ in found[:TRIES]:
+    first: dict[str, Any] | None = None
+    tries = 0
+    for _, _, changes, choice, guess in found:
+        extra = (waste - 1) * guess.largest.figures.temporaries
+        if guess.largest.hbm + extra > FULL * guess.capacity:
+            continue
+        first = first or _choice(changes, guess, False)
         say(f"to see whether {' '.join(changes)} makes it fit")
         made = compiled(choice, say)
         if made.fits:
             return _choice(changes, made, True)
-    return _choice(found[0][2], found[0][4], False) if found else None
+        waste, tries = max(waste, _waste(made, guess)), tries + 1
+        if tries == TRIES:
+            break
+    return first
+
+
+def _waste(made: Costs, guess: Costs) -> float:
+    """How many times the temporaries of the formula a compiled program has."""
+    return max(1.0, made.largest.figures.temporaries / guess.largest.figures.temporaries)
 
 
 def _changes(job: Job, choice: Job) -> list[str]:
