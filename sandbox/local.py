@@ -33,12 +33,7 @@ from sandbox.base import (
     TestReport,
     Tree,
 )
-from sandbox.isolation import (
-    Launch,
-    launch,
-    plain_user,
-    spare_uid,
-)
+from sandbox.isolation import Launch, launch, plain_user, spare_uid
 from sandbox.memo import TestMemo, memo_key
 from sandbox.report import read_report
 from sandbox.slot import GRACE_S, Slot
