@@ -93,7 +93,8 @@ def drop_privileges(
 
     `reads_all`: but for one, which what it runs inherits: to read every file.
     """
-    prctl(PR_SET_KEEPCAPS, int(reads_all))
+    if reads_all:
+        prctl(PR_SET_KEEPCAPS, 1)  # for what the change of user would clear
     if uid is not None and gid is not None:
         os.setgroups([])
         os.setresgid(gid, gid, gid)

@@ -98,7 +98,8 @@ def test_it_learns_from_tokens_that_are_new_enough(tmp_path: Path) -> None:
     assert published == sorted(set(published))
     steps = steps_of(tmp_path)
     assert len(steps) == CONFIG.steps
-    assert np.mean([s["rl/success"] for s in steps[-2:]]) > 0.8 > steps[0]["rl/success"]
+    assert np.mean([s["rl/success"] for s in steps[-2:]]) > 0.7
+    assert steps[0]["rl/success"] < 0.5  # by chance a quarter
     for number, values in enumerate(steps):
         assert values["stale/max"] <= CONFIG.max_staleness
         done = load(tmp_path / "trajectories" / f"rl-{number + 1:06d}.jsonl")

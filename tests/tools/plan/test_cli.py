@@ -105,6 +105,7 @@ def test_reinforcement_with_a_reference(capsys, config):
     assert step["hbm_gib"]["arguments"] == pytest.approx(4 * parameters, rel=0.02)
 
 
+@pytest.mark.timeout(900)
 def test_what_would_fit(capsys, config):
     """Too much is kept of too many tokens: one change is enough."""
     code, found, _ = plan(
