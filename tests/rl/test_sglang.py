@@ -32,7 +32,7 @@ from rl.sglang import Sampling, SGLangServer
 from rl.snapshot import Snapshot, Snapshots, label_of, version_of
 from tests.rl.fake_sglang import FakeSGLang, all_logprobs
 
-PATIENCE = Patience(health_s=0.05, retry_s=0.02, call_s=5.0, start_s=20.0, tolerance=1e-4)
+PATIENCE = Patience(health_s=0.05, retry_s=0.02, call_s=5.0, start_s=10.0, tolerance=1e-4)
 STOP, TEMPERATURE = 5, 0.8
 VERSIONS = 3
 
