@@ -1,9 +1,10 @@
 """Continuous batching: many episodes share one KV cache, each keeps its prefix between turns.
 
-Every episode owns a slot (a row of the cache). Two programs, compiled once:
+Every episode owns a slot (a row of the cache). Three programs, compiled once:
 
     prefill: R rows × C tokens, each row a chunk of any slot's new tokens
     decode:  all slots × up to N tokens, one after the other, stops handled on the device
+    copy:    one row's content into another: tokens that episodes share are computed once
 
 What an episode samples depends on the weights, its own tokens and its seed, and on nothing else:
 not on its slot, nor on who shares the batch, bit for bit. Shapes never change; each row's
@@ -27,6 +28,7 @@ import numpy as np
 
 from configs.errors import InputError
 from model.config import Qwen3Config
+from model.prefixes import Fill, Prefixes, key_of
 from model.qwen3 import KVCache, Params, abstract, bind, empty_cache, unstack
 
 MAX_STOPS = 8
@@ -59,6 +61,8 @@ class _Slot:
     length: int = 0  # tokens of the episode so far, ``pending`` included
     pending: int | None = None  # the last token: not in the cache until decode feeds it
     unfed: int = 0  # tokens still waiting for prefill
+    key: bytes = b""  # of what the cache holds up to the last ``extend``; see model/prefixes.py
+    sampled: list[int] = field(default_factory=list)  # since then: token, version, token, ...
     job: _Job | None = None
 
 
@@ -81,6 +85,7 @@ class _Chunk(NamedTuple):
     slot: int
     start: int
     tokens: Sequence[int]
+    ends: bytes | None  # the key of the fill whose last chunk this is
 
 
 Array = jax.Array | np.ndarray
@@ -156,11 +161,16 @@ class Engine:
         self._rows, self._columns = prefill_rows, prefill_chunk
         self._truncation = truncation
         self._slots: list[_Slot | None] = [None] * slots
+        self._free = deque(range(slots))  # the longest free first: the others' rows may be of use
         self._queue: deque[_Chunk] = deque()
         self._waited = 0  # decode dispatches since a chunk began to wait
         # everything on one device by name: arrays that merely happen to be there compile again
         self._device = jax.local_devices()[0]
         self._cache = jax.device_put(_cache(config, slots, max_len), self._device)
+        self._prefixes = Prefixes(slots)
+        self.prefilled = 0  # tokens so far that were computed, not copied
+        # jit counts by function what it compiled: each engine has a function of its own
+        self._copy = jax.jit(functools.partial(_copy), donate_argnums=0)
         self._prefill = jax.jit(functools.partial(_prefill, config), donate_argnums=1)
         self._decode = jax.jit(
             functools.partial(_decode, config, decode_tokens, truncation), donate_argnums=1
@@ -174,23 +184,27 @@ class Engine:
         self.version = version
 
     def warmup(self) -> None:
-        """Compile both programs now rather than at the first step."""
+        """Compile the programs now rather than at the first step."""
+        self._cache = self._copy(self._cache, np.int32(0), np.int32(0))
         self._run_prefill([])
         self._run_decode([])
 
     def open(self) -> int:
         """A free slot, now holding an empty episode. Raises RuntimeError if there is none."""
-        for index, slot in enumerate(self._slots):
-            if slot is None:
-                self._slots[index] = _Slot()
-                return index
-        raise RuntimeError(f"all {self.slots} slots are in use")
+        if not self._free:
+            raise RuntimeError(f"all {self.slots} slots are in use")
+        index = self._free.popleft()
+        self._slots[index] = _Slot()
+        return index
 
     def close(self, slot: int) -> None:
         """Free a slot, whatever it is doing; a running sample never reports."""
         self._at(slot)
         self._slots[slot] = None
+        self._free.append(slot)
         self._queue = deque(chunk for chunk in self._queue if chunk.slot != slot)
+        for key, fill in self._prefixes.leave(slot):
+            self._enqueue(fill, key)
 
     def room(self, slot: int) -> int:
         """Tokens the slot's episode may still gain."""
@@ -210,12 +224,40 @@ class Engine:
             raise ValueError(f"token id {low if low < 0 else high} is not in the vocabulary")
         known = [] if state.pending is None else [state.pending]
         fed = [*known, *ids][:-1]
-        start = state.length - len(known)
-        for i in range(0, len(fed), self._columns):
-            self._queue.append(_Chunk(slot, start + i, fed[i : i + self._columns]))
-        state.unfed += len(fed)
+        fresh = state.length == 0
+        fill = Fill(slot, state.length - len(known), fed)
+        state.key = key_of(state.key, self.version, state.sampled, ids)
+        state.sampled.clear()
         state.length += len(ids)
         state.pending = int(ids[-1])
+        source = self._prefixes.holder(state.key)
+        if fresh:
+            self._prefixes.forget(slot)
+        if fed:
+            self._fill(state, fill, source)
+
+    def _fill(self, state: _Slot, fill: Fill, source: int | None) -> None:
+        """Bring tokens into a row: from one that has them, or will have them, or by prefill."""
+        if state.unfed:  # a second call before the first is done, which is rare: nothing is shared
+            self._enqueue(self._prefixes.unfollow(fill.row))
+            self._enqueue(fill)
+        elif source is not None:
+            self._run_copy(source, [fill.row])
+            self._prefixes.hold(fill.row, state.key)
+            return
+        elif not self._prefixes.follow(state.key, fill.row):
+            self._prefixes.begin(state.key, fill)
+            self._enqueue(fill, state.key)
+        state.unfed += len(fill.tokens)
+
+    def _enqueue(self, fill: Fill | None, key: bytes | None = None) -> None:
+        """Queue a fill's chunks; the last one names its key."""
+        if fill is None:
+            return
+        for i in range(0, len(fill.tokens), self._columns):
+            tokens = fill.tokens[i : i + self._columns]
+            ends = key if i + self._columns >= len(fill.tokens) else None
+            self._queue.append(_Chunk(fill.row, fill.start + i, tokens, ends))
 
     def sample(
         self,
@@ -283,8 +325,8 @@ class Engine:
 
     @property
     def compiled(self) -> int:
-        """Programs compiled so far: two after warm-up, and never more."""
-        return sum(program._cache_size() for program in (self._prefill, self._decode))  # type: ignore[attr-defined]
+        """Programs compiled so far: three after warm-up, and never more."""
+        return sum(program._cache_size() for program in (self._copy, self._prefill, self._decode))  # type: ignore[attr-defined]
 
     def _at(self, slot: int) -> _Slot:
         state = self._slots[slot] if 0 <= slot < self.slots else None
@@ -296,12 +338,23 @@ class Engine:
         tokens = np.zeros((self._rows, self._columns), np.int32)
         positions = np.full((self._rows, self._columns), self._cache.length, np.int32)
         rows = np.zeros(self._rows, np.int32)
-        for i, (slot, start, ids) in enumerate(chunks):
+        for i, (slot, start, ids, _) in enumerate(chunks):
             tokens[i, : len(ids)] = ids
             positions[i, : len(ids)] = np.arange(start, start + len(ids))
             rows[i] = slot
             self._at(slot).unfed -= len(ids)
+            self.prefilled += len(ids)
         self._cache = self._prefill(self._params, self._cache, tokens, positions, rows)
+        for key in (chunk.ends for chunk in chunks if chunk.ends is not None):
+            fill = self._prefixes.end(key)
+            self._run_copy(fill.row, fill.followers)
+            for row in fill.followers:
+                self._at(row).unfed = 0
+
+    def _run_copy(self, source: int, rows: Sequence[int]) -> None:
+        for row in rows:
+            if row != source:
+                self._cache = self._copy(self._cache, np.int32(source), np.int32(row))
 
     def _run_decode(self, ready: Sequence[int]) -> list[Result]:
         n = self.slots
@@ -346,6 +399,7 @@ class Engine:
             job.remaining -= count
             state.length += count
             state.pending = job.ids[-1]
+            state.sampled += [n for token in job.ids[-count:] for n in (token, self.version)]
             if job.ids[-1] in job.stop_ids:
                 done.append(self._finish(index, "stop"))
             elif job.remaining < 1:
@@ -372,6 +426,17 @@ def _prefill(
     _, written = bind(config, params)(tokens, positions, cache=cache, rows=rows)
     assert written is not None
     return written
+
+
+def _copy(cache: KVCache, source: jax.Array, row: jax.Array) -> KVCache:
+    """All that row ``source`` holds, in ``row`` as well."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(
+            x, jax.lax.dynamic_index_in_dim(x, source, keepdims=False), row, 0
+        )
+
+    return jax.tree.map(one, cache)
 
 
 def _decode(

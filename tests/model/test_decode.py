@@ -117,6 +117,123 @@ def test_bitwise_independent_of_the_slot_index(engine, alone):
             engine.close(slot)
 
 
+class _Sibling(_Episode):
+    """Reads what its group reads; draws by its own seed."""
+
+    def begin(self) -> None:
+        extend, new = self.turns[self.turn]
+        given = _tokens(extend, 500 + self.turn)
+        self.engine.extend(self.slot, given)
+        self.ids += given
+        self.read = tuple(self.ids)
+        self.engine.sample(
+            self.slot, max_new=new, stop_ids=(STOP,), seed=self.seed, temperature=0.05
+        )
+
+
+def _wipe(engine: Engine) -> None:
+    """No row holds anything that a test may share."""
+    for slot in [engine.open() for _ in range(SLOTS)]:
+        engine.extend(slot, [1])
+        engine.close(slot)
+
+
+def _family(engine: Engine, seeds: list[int], delay: int) -> dict[int, _Sibling]:
+    """A group with a first turn that many draw alike, so that some share the second prompt too."""
+    waiting, running, finished = list(seeds), {}, {}
+    for step in range(10_000):
+        while waiting and step >= delay * (len(seeds) - len(waiting)):
+            sibling = _Sibling(engine, waiting.pop(0), [(40, 2), (70, 9)])
+            running[sibling.slot] = sibling
+        if not running and not waiting:
+            break
+        for result in engine.step():
+            sibling = running.pop(result.slot)
+            if sibling.done(result):
+                finished[sibling.seed] = sibling
+            else:
+                running[sibling.slot] = sibling
+    return finished
+
+
+@pytest.mark.parametrize("delay", [0, 1, 5, 40])
+def test_siblings_compute_once_what_they_share_and_not_a_bit_changes(
+    engine, small, small_params, delay
+):
+    single = Engine(
+        small_params, small, SLOTS, MAX_LEN, prefill_chunk=16, prefill_rows=3, decode_tokens=4
+    )
+    seeds = list(range(SLOTS))
+    alone = {}
+    for seed in seeds:
+        _wipe(single)
+        alone |= _family(single, [seed], 0)
+    _wipe(engine)
+    before = engine.prefilled
+    together = _family(engine, seeds, delay)
+    for seed in seeds:
+        assert together[seed].ids == alone[seed].ids
+        assert together[seed].logprobs == alone[seed].logprobs
+    second = {together[seed].read for seed in seeds}
+    assert 1 < len(second) < SLOTS
+    assert engine.prefilled - before == 39 + 70 * len(second)
+
+
+def test_a_sibling_that_closes_leaves_the_work_to_the_next(engine, alone):
+    def begin(seed: int) -> _Episode:
+        return _Episode(engine, seed, TURNS[seed])
+
+    _wipe(engine)
+    first, second, third, again = (begin(3) for _ in range(4))
+    engine.close(second.slot)  # it followed
+    engine.close(first.slot)  # it led
+    with pytest.raises(ValueError, match="is sampling"):
+        engine.extend(again.slot, [9])
+    left = {e.slot: e for e in (third, again)}
+    while left:
+        for result in engine.step():
+            if left[result.slot].done(result):
+                episode = left.pop(result.slot)
+                assert episode.ids == alone[3].ids
+                assert episode.logprobs == alone[3].logprobs
+
+
+def test_new_weights_share_nothing_with_the_old(small, small_params):
+    engine = Engine(small_params, small, 2, 64, prefill_chunk=16, prefill_rows=3)
+    slots = []
+    for version in (0, 1):
+        engine.set_params(small_params, version)
+        slots.append(engine.open())
+        engine.extend(slots[-1], _tokens(30, 1))
+        engine.sample(slots[-1], max_new=1)
+        while not engine.step():
+            pass
+    assert engine.prefilled == 2 * 29
+
+
+def test_a_second_extend_before_the_first_is_computed(small, small_params):
+    engine = Engine(small_params, small, 3, 64, prefill_chunk=16, prefill_rows=3)
+
+    def sample(cuts: list[list[int]], also: bool) -> tuple[list[int], list[float]]:
+        slot, other = engine.open(), engine.open()
+        if also:
+            engine.extend(other, cuts[0])  # this one leads
+        for ids in cuts:
+            engine.extend(slot, ids)
+        engine.sample(slot, max_new=8)
+        while not (done := engine.step()):
+            pass
+        engine.close(slot)
+        engine.close(other)
+        return done[0].ids, done[0].logprobs
+
+    given = _tokens(50, 2)
+    cuts = [given[:20], given[20:21], given[21:]]
+    first = sample(cuts, also=True)
+    sample([_tokens(40, 3)], also=False)
+    assert sample(cuts, also=False) == first
+
+
 def test_logprobs_match_the_training_forward(small, small_params, alone):
     @jax.jit
     def score(ids):
@@ -137,7 +254,7 @@ def test_logprobs_match_the_training_forward(small, small_params, alone):
 
 def test_nothing_is_compiled_after_warmup(engine, alone):
     _run(engine, [4, 2, 5])
-    assert engine.compiled == 2
+    assert engine.compiled == 3
 
 
 def _sample(engine: Engine, prompt: list[int], **how) -> list[int]:
@@ -215,7 +332,7 @@ def test_new_weights_count_from_the_next_step_and_are_recorded(small, small_para
     engine.close(slot)
     engine.set_params(jax.tree.map(np.asarray, small_params), 0)  # from wherever they come
     assert len(_sample(engine, _tokens(10, 3), max_new=2)) == 2
-    assert engine.compiled == 2
+    assert engine.compiled == 3
 
 
 def test_limits_are_kept(engine):
