@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from sandbox.packages import Package
 
 _PROBE = Path(__file__).with_name("coverage_probe.py")
 _ARGUMENTS = ("-q", "-c", "/dev/null", "--rootdir", ".", "--confcutdir", ".", "-pno:cacheprovider")
+_ARGUMENTS += ("--continue-on-collection-errors",)
 # whole test suites: minutes, and a report of megabytes
 _LIMITS = Limits(memory_mib=4096, processes=256, wall_s=600.0, output_bytes=128 << 20)
 
@@ -38,7 +39,9 @@ class Coverage:
 
 
 async def coverage(
-    package: Package, backend: Literal["auto", "bwrap", "plain"] = "auto"
+    package: Package,
+    backend: Literal["auto", "bwrap", "plain"] = "auto",
+    wall_s: float = _LIMITS.wall_s,
 ) -> Coverage:
     """Run the package's whole tests once; a later call reads the cached measurement.
 
@@ -51,7 +54,8 @@ async def coverage(
         ignored = [f"--ignore={path}" for path in package.skip]
         argv = [interpreter(), "-S", "-", *_ARGUMENTS, *ignored, *package.tests]
         tree = Tree(package.tree, {}, package.python_path)
-        async with LocalPool(1, _LIMITS, backend) as pool, pool.lease(tree) as sandbox:
+        limits = replace(_LIMITS, wall_s=wall_s)
+        async with LocalPool(1, limits, backend) as pool, pool.lease(tree) as sandbox:
             result = await sandbox.exec(argv, stdin=probe)
         if result.exit_code != 0 or result.killed_by:
             last = result.stderr.strip()[-300:]

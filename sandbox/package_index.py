@@ -14,6 +14,7 @@ import re
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,20 @@ def _reachable(url: str) -> bool:
     return "://" in path or os.path.exists(path)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """One sdist as an index lists it. `sha256` is "" where the index does not say; `uploaded` is a
+    date (YYYY-MM-DD), "" where it is not known."""
+
+    version: str
+    sha256: str
+    uploaded: str
+
+
+def _date(link: Link) -> str:
+    return link.upload_time.date().isoformat() if link.upload_time else ""
+
+
 class PackageIndex:
     """A connection to the configured indexes. Threads may share it."""
 
@@ -131,18 +146,60 @@ class PackageIndex:
         finally:
             part.unlink(missing_ok=True)
 
+    def listing(self, name: str) -> list[Listed]:
+        """Every sdist (`.tar.gz`) of a package that is not withdrawn, oldest version first.
+
+        Of versions that several indexes have, the first index's counts. Raises InputError when no
+        index knows the name, or none can be reached.
+        """
+        from packaging.version import InvalidVersion, Version
+
+        found: dict[Version, Listed] = {}
+        for link, text in self._links(name, "any version of " + name):
+            try:
+                version = Version(text)
+            except InvalidVersion:
+                continue
+            digest = (link.hashes or {}).get("sha256") or (link.hash or "=").partition("=")[2]
+            if link.filename.endswith(".tar.gz") and not link.is_yanked:
+                found.setdefault(version, Listed(text, digest, _date(link)))
+        if not found:
+            raise InputError(f"the package index has no sdist (.tar.gz) of {name}")
+        return [found[version] for version in sorted(found)]
+
     def _find(self, name: str, version: str) -> Link:
         from packaging.version import InvalidVersion, Version
-        from unearth import PackageFinder
 
         wanted = f"{name} {version}"
+        other_versions: set[str] = set()
+        for link, text in self._links(name, wanted):
+            try:
+                same = Version(text) == Version(version)
+            except InvalidVersion:
+                continue
+            other_versions.add(text)
+            if not same or not link.filename.endswith(".tar.gz"):
+                continue
+            if link.is_yanked:
+                reason = link.yank_reason or "no reason given"
+                raise InputError(f"{wanted} was withdrawn from the index: {reason}")
+            return link
+        known = f"it has {len(other_versions)} other versions" if other_versions else "no such name"
+        raise InputError(f"the package index has no sdist (.tar.gz) of {wanted}: {known}")
+
+    def _links(self, name: str, wanted: str) -> Iterator[tuple[Link, str]]:
+        """Files of a package, each with its version, newest first, index after index.
+
+        Raises InputError, at its end, if an index could not be reached.
+        """
+        from unearth import PackageFinder
+
         sources: list[tuple[tuple[str, ...], tuple[str, ...]]]
         sources = [((url,), ()) for url in self.settings.index_urls]
         sources += [((), (url,)) for url in self.settings.find_links]
         if not sources:
             raise InputError(f"{wanted} is not cached, and pip is set up with no index at all")
         failures: list[str] = []
-        other_versions: set[str] = set()
         for index_urls, find_links in sources:
             finder = PackageFinder(
                 self.client,
@@ -157,22 +214,9 @@ class PackageIndex:
             except Exception as error:  # see download()
                 failures.append(f"{type(error).__name__}: {error}")
                 continue
-            for package in found:
-                try:
-                    same = Version(package.version or "") == Version(version)
-                except InvalidVersion:
-                    continue
-                other_versions.add(package.version or "")
-                if not same or not package.link.filename.endswith(".tar.gz"):
-                    continue
-                if package.link.is_yanked:
-                    reason = package.link.yank_reason or "no reason given"
-                    raise InputError(f"{wanted} was withdrawn from the index: {reason}")
-                return package.link
+            yield from ((package.link, package.version or "") for package in found)
         if failures:
             raise InputError(f"could not reach the package index for {wanted}: {failures[0]}")
-        known = f"it has {len(other_versions)} other versions" if other_versions else "no such name"
-        raise InputError(f"the package index has no sdist (.tar.gz) of {wanted}: {known}")
 
     def _stream(self, link: Link, part: Path, what: str) -> str:
         """Write the archive aside and return its SHA-256."""

@@ -62,6 +62,7 @@ class Task:
       python_path: folders, relative to the tree, that tests find first on `sys.path`.
       bug_patch: unified diff from the pristine release to the buggy one.
       protected: patterns (fnmatch, `*` matches `/`) of paths that a fix may not touch.
+      requirements: wheels that the tests need, `name==version --hash=sha256:…` each.
     """
 
     name: str
@@ -80,11 +81,14 @@ class Task:
     python_path: tuple[str, ...]
     bug_patch: str
     protected: tuple[str, ...]
+    requirements: tuple[str, ...] = ()
 
     @property
     def release(self) -> Release:
         """The pinned release that the bug was put into."""
-        release = Release(self.package, self.version, self.sdist_sha256)
+        release = Release(
+            self.package, self.version, self.sdist_sha256, requirements=self.requirements
+        )
         known = load_packages().get(self.package)
         same = known is not None and (known.version, known.sha256) == (
             self.version,
@@ -137,7 +141,8 @@ class Task:
             "task.toml": self._toml(),
             "instruction.md": self.instruction + "\n",
             "environment/Dockerfile": dockerfile,
-            "environment/requirements.txt": _template("requirements.txt"),
+            "environment/requirements.txt": _template("requirements.txt")
+            + "".join(f"{line}\n" for line in self.requirements),
             "environment/bug.patch": self.bug_patch,
             "tests/test.sh": _template("test.sh"),
             "tests/judge.py": _template("judge.py"),
@@ -295,7 +300,7 @@ storage_mb = 2048
 def _checked(values: dict[str, Any], where: Path) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for field in fields(Task):
-        value = values.get(field.name)
+        value = values.get(field.name, [] if field.name == "requirements" else None)
         if field.type == "str":
             good = isinstance(value, str) and bool(value)
         else:

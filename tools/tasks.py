@@ -21,13 +21,14 @@ from sandbox.shipped import SHIPPED, build, read_rows
 from sandbox.task import Task, load_tasks
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
+from tools.mining import add_mine
 from tools.progress import progress
 
 BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mutate,verify,judge,rebuild,stats}`."""
+    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
     making.add_argument("--limit", type=int, metavar="N", help="at most N tasks of each package")
     making.add_argument("--seed", type=int, default=Plan.seed)
     making.set_defaults(run=_mutate)
+
+    mining = add_mine(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help="shipped, a .jsonl file, or a folder")
@@ -62,12 +65,12 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="shipped", help="shipped, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, proving, judging, building, counting):
+    for verb in (making, mining, proving, judging, building, counting):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for verb in (making, proving, judging):
+    for verb in (making, mining, proving, judging):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
     options = parser.parse_args(argv)
-    for name in ("limit", "repeat", "jobs", "per_function"):
+    for name in ("limit", "repeat", "jobs", "per_function", "newest"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")

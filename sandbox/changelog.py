@@ -1,0 +1,61 @@
+"""What a release's own change log says of it: the issue text of a mined task."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sandbox.layout import changelogs
+
+MAX_CHARS = 1200
+_VERSION = re.compile(r"(?<![\w.])v?(\d+(?:\.\d+)+(?:\.?(?:post|rc|a|b)\d+)?)(?![\w.]*\d)")
+_RULE = re.compile(r"[-=~^_*#+\s]*")
+
+
+def notes(root: Path, version: str, older: str) -> str:
+    """The lines between the heading of `version` and the next one; "" when there are none.
+
+    A heading is a line that names a version and little else. Code (fenced, or a diff) is left out:
+    the notes tell what was wrong, not the patch.
+    """
+    for file in changelogs(root):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        begin = next((i for i, line in enumerate(lines) if _heading(line) == version), None)
+        if begin is None:
+            continue
+        section: list[str] = []
+        for line in lines[begin + 1 :]:
+            if _heading(line) is not None:
+                break
+            section.append(line)
+        text = _tidy(section)
+        if text:
+            return text
+    return ""
+
+
+def _heading(line: str) -> str | None:
+    """The version that a heading names; None if the line is no heading."""
+    found = _VERSION.search(line)
+    if found is None or len(line) > 80 or line[:1].isspace() or line.startswith(("- ", "* ", "+ ")):
+        bare = line.strip("*# ")
+        if found is None or _VERSION.fullmatch(bare) is None:
+            return None
+    words = re.findall(r"[A-Za-z]{2,}", line.replace(found[0], ""))
+    return found[1] if len(words) <= 5 and found.start() <= 40 else None
+
+
+def _tidy(lines: list[str]) -> str:
+    kept: list[str] = []
+    fenced, size = False, 0
+    for line in lines:
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+            continue
+        if fenced or _RULE.fullmatch(line) or line.startswith(("@@", "+++", "---")):
+            continue
+        size += len(line) + 1
+        if size > MAX_CHARS:
+            break
+        kept.append(line.rstrip())
+    return "\n".join(kept).strip()
