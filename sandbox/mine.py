@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from configs.errors import InputError
@@ -19,11 +20,11 @@ from sandbox.failures import kind, looks_at_clock
 from sandbox.hunks import Hunk, digest, hunks_between, source_files, take_back
 from sandbox.local import LocalPool
 from sandbox.mined import Mined, ranges
-from sandbox.mutate import functions
 from sandbox.packages import Package
 from sandbox.patch import make_patch
 from sandbox.prove import prove
 from sandbox.shipped import group
+from sandbox.source import Code, FunctionSpan
 from sandbox.split import split
 
 
@@ -132,7 +133,7 @@ class _Pair:
             return
         rows: list[Mined] = []
         seen: set[str] = set()
-        for piece, operator in await self._pieces(sandbox, hunks, bugs):
+        for piece, operator in await self._pieces(sandbox, hunks, bugs, measured):
             row = await self._task(sandbox, piece, operator, passing, broken, bugs, measured)
             # the whole diff is no task beside a piece of it that the same tests tell
             same = row is not None and any(row.f2p == other.f2p for other in rows)
@@ -144,7 +145,7 @@ class _Pair:
         self.record.reason = "" if rows else "no piece of the diff held in the proof"
 
     async def _pieces(
-        self, sandbox: Sandbox, hunks: list[Hunk], bugs: list[str]
+        self, sandbox: Sandbox, hunks: list[Hunk], bugs: list[str], measured: Coverage
     ) -> list[tuple[tuple[Hunk, ...], str]]:
         """The independent fixes, smallest first, and the whole diff last."""
         pieces: list[tuple[tuple[Hunk, ...], str]] = []
@@ -152,6 +153,10 @@ class _Pair:
 
         async def failing(some: Sequence[Hunk], tests: Sequence[str]) -> set[str]:
             if time.monotonic() > ends:
+                return set()
+            if len(some) == 1 and (executing := self._executing(some[0], measured)) is not None:
+                tests = [id for id in tests if id in executing]
+            if not tests:
                 return set()
             found = await self._cases(sandbox, some, tests)
             return {id for id, case in found.items() if case.outcome in ("failed", "error")}
@@ -270,6 +275,21 @@ class _Pair:
         plain = id.isascii() and id.isprintable() and " at 0x" not in id and "0x7" not in id
         return plain and len(id) <= self.limits.id_chars and not looks_at_clock(id)
 
+    def _executing(self, hunk: Hunk, measured: Coverage) -> set[str] | None:
+        """Tests that execute the function whose body a hunk lies in; None if it lies in none, and
+        any test may feel it."""
+        data = self.new_files[hunk.path]
+        around = [
+            (span, body)
+            for span, body in _bodies(data)
+            if body <= hunk.new[0] + 1 and max(hunk.new[1], hunk.new[0] + 1) <= span.end_line
+        ]
+        if not around:
+            return None
+        # the outermost: nested functions are made, and decorated, when it runs
+        line = min(span.line for span, _ in around)
+        return set(measured.tests.get((hunk.path, line), ()))
+
     def _near(self, piece: Collection[Hunk], tests: list[str], measured: Coverage) -> list[str]:
         """Tests to keep passing: half that execute the functions changed, half others, quick."""
         paths = {hunk.path for hunk in piece}
@@ -287,28 +307,23 @@ class _Pair:
 
 def _touches(piece: Collection[Hunk], path: str, line: int, data: bytes) -> bool:
     """Whether a hunk lies in the function that begins at this line."""
-    end = next((s.end_line for s in _spans(data) if s.line == line), line)
+    end = next((s.end_line for s, _ in _bodies(data) if s.line == line), line)
     return any(h.path == path and h.new[0] < end and h.new[1] >= line - 1 for h in piece)
 
 
-_parsed: dict[bytes, list] = {}
-
-
-def _spans(data: bytes) -> list:
-    """Functions of a module; none if it is not Python that parses here."""
-    if data not in _parsed:
-        if len(_parsed) > 64:
-            _parsed.clear()
-        try:
-            _parsed[data] = functions(data.decode("utf-8"))
-        except (InputError, UnicodeDecodeError):
-            _parsed[data] = []
-    return _parsed[data]
+@lru_cache(maxsize=64)
+def _bodies(data: bytes) -> list[tuple[FunctionSpan, int]]:
+    """Functions of a module, each with the first line of its body; none if it does not parse."""
+    try:
+        found = Code(data.decode("utf-8")).functions
+    except (InputError, UnicodeDecodeError):
+        return []
+    return [(span, node.body[0].lineno) for span, node in found]
 
 
 def function_at(data: bytes, line: int) -> str:
     """Qualified name of the innermost function around a line; "<module>" outside any."""
-    around = [span for span in _spans(data) if span.line <= line <= span.end_line]
+    around = [span for span, _ in _bodies(data) if span.line <= line <= span.end_line]
     return min(around, key=lambda s: s.end_line - s.line).name if around else "<module>"
 
 
