@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.errors import InputError
 from configs.files import iter_jsonl, write_jsonl
@@ -77,7 +78,7 @@ def read_candidates(path: Path = CANDIDATES) -> list[Candidate]:
 def write_candidates(path: Path, candidates: Iterable[Candidate]) -> None:
     rows = []
     for candidate in candidates:
-        row = {"name": candidate.name, "split": candidate.split}
+        row: dict[str, Any] = {"name": candidate.name, "split": candidate.split}
         row |= {key: list(v) for key in ("skip", "extra") if (v := getattr(candidate, key))}
         row["releases"] = [list(asdict(release).values()) for release in candidate.releases]
         rows.append(row)

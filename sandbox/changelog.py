@@ -9,6 +9,7 @@ from sandbox.layout import changelogs
 
 MAX_CHARS = 1200
 _VERSION = re.compile(r"(?<![\w.])v?(\d+(?:\.\d+)+(?:\.?(?:post|rc|a|b)\d+)?)(?![\w.]*\d)")
+_LINK = re.compile(r"\(?https?://\S+\)?")
 _RULE = re.compile(r"[-=~^_*#+\s]*")
 
 
@@ -36,6 +37,7 @@ def notes(root: Path, version: str, older: str) -> str:
 
 def _heading(line: str) -> str | None:
     """The version that a heading names; None if the line is no heading."""
+    line = _LINK.sub("", line)
     found = _VERSION.search(line)
     if found is None or len(line) > 80 or line[:1].isspace() or line.startswith(("- ", "* ", "+ ")):
         bare = line.strip("*# ")

@@ -10,8 +10,8 @@ from sandbox.base import TestCase
 _API = re.compile(
     r"(ImportError|ModuleNotFoundError|NameError|fixture '|"
     r"AttributeError: (module|type object|<module|.* does not have the attribute)|"
-    r"AttributeError: '(?!NoneType|str'|int'|list'|dict'|tuple'|bytes'|bool'|float'|set')\w+' object"
-    r" has no attribute|"
+    r"AttributeError: '(?!NoneType|str'|int'|list'|dict'|tuple'|bytes'|bool'|float'|set')\w+'"
+    r" object has no attribute|"
     r"TypeError: .*(unexpected keyword argument|takes no (keyword )?arguments|"
     r"takes (from )?\d+ (to \d+ )?positional arguments?|got multiple values for|"
     r"is not subscriptable.*type)|SyntaxError|IndentationError)"

@@ -24,6 +24,7 @@ from sandbox.base import SandboxBroken
 from sandbox.local import LocalPool, prebuild
 from sandbox.package_index import PackageIndex, pip_settings
 from sandbox.unpack import unpack_sdist
+from sandbox.wheels import unpack_wheels
 
 INDEX = Path(__file__).parent / "index"
 
@@ -55,7 +56,8 @@ class Release:
         return cache_dir() / "trees" / f"{self.name}-{self.version}-{stamp}"
 
     def finish(self, root: Path) -> None:
-        """What is done once to a fresh tree: nothing, for a release of which no more is known."""
+        """What is done once to a fresh tree: the wheels it needs are put beside it."""
+        unpack_wheels(self.requirements, root)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Package(Release):
     skip: tuple[str, ...] = ()
 
     def finish(self, root: Path) -> None:
-        """Compile its modules and its tests, in a sandbox: every later test run is faster."""
+        """As above; then compile its modules and its tests, in a sandbox: every later test run is
+        faster."""
+        super().finish(root)
         tests: list[str] = []
         for entry in self.tests:
             found = sorted((root / entry).rglob("test_*.py")) or [root / entry]

@@ -101,9 +101,7 @@ async def _mine(chosen: Sequence[Pair], limits: MineLimits, options: argparse.Na
                     group.create_task(work())
 
 
-async def _one(
-    pair: Pair, limits: MineLimits, index: PackageIndex, pool: LocalPool
-) -> PairRecord:
+async def _one(pair: Pair, limits: MineLimits, index: PackageIndex, pool: LocalPool) -> PairRecord:
     """Fetch both releases and mine them; what cannot be had is a refusal with its reason.
 
     An index that cannot be reached is no fact about a pair: that raises.
@@ -111,7 +109,7 @@ async def _one(
     try:
         new, old = await asyncio.to_thread(_have, pair, index)
     except InputError as error:
-        if "could not reach" in str(error) or "could not download" in str(error):
+        if "could not reach" in str(error) or "could not be downloaded" in str(error):
             raise
         record = PairRecord(pair.candidate.name, pair.old.version, pair.new.version)
         record.reason = str(error)[:300]
