@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from sandbox.layout import changelogs
@@ -13,26 +14,39 @@ _LINK = re.compile(r"\(?https?://\S+\)?")
 _RULE = re.compile(r"[-=~^_*#+\s]*")
 
 
-def notes(root: Path, version: str, older: str) -> str:
+def notes(root: Path, version: str) -> str:
     """The lines between the heading of `version` and the next one; "" when there are none.
 
-    A heading is a line that names a version and little else. Code (fenced, or a diff) is left out:
-    the notes tell what was wrong, not the patch.
+    A heading is a line that names a version and little else, or a list item that begins with one.
+    Code (fenced, or a diff) is left out: the notes tell what was wrong, not the patch.
     """
-    for file in changelogs(root):
+    for file in [*changelogs(root), *sorted(root.glob("README*"))]:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        begin = next((i for i, line in enumerate(lines) if _heading(line) == version), None)
-        if begin is None:
-            continue
-        section: list[str] = []
-        for line in lines[begin + 1 :]:
-            if _heading(line) is not None:
-                break
-            section.append(line)
-        text = _tidy(section)
-        if text:
-            return text
+        for heading in (_heading, _item):
+            text = _section(lines, version, heading)
+            if text:
+                return text
     return ""
+
+
+def _section(lines: list[str], version: str, heading: Callable[[str], str | None]) -> str:
+    begin = next((i for i, line in enumerate(lines) if heading(line) == version), None)
+    if begin is None:
+        return ""
+    section: list[str] = []
+    if heading is _item:
+        section.append(lines[begin].partition(version)[2].strip(" :-"))
+    for line in lines[begin + 1 :]:
+        if heading(line) is not None or (heading is _item and not line.strip()):
+            break
+        section.append(line)
+    return _tidy(section)
+
+
+def _item(line: str) -> str | None:
+    """The version that a list item begins with (`- 1.2.3 Fixed …`)."""
+    found = re.match(rf"[-*+]\s+{_VERSION.pattern}\s+\S", line)
+    return found[1] if found else None
 
 
 def _heading(line: str) -> str | None:

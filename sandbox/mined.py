@@ -124,7 +124,7 @@ def build_mined(row: Mined) -> Task:
         module=row.module,
         function=row.function,
         operator=row.operator,
-        instruction=instruction(row, notes(newer.tree, row.version, row.old), fail_to_pass),
+        instruction=instruction(row, notes(newer.tree, row.version), fail_to_pass),
         fail_to_pass=fail_to_pass,
         pass_to_pass=ungroup(row.p2p),
         python_path=tuple(row.python_path),

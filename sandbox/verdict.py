@@ -56,8 +56,9 @@ class Verdict:
     seconds: float
 
 
-async def judge(task: Judged, patch: str, pool: LocalPool) -> Verdict:
-    """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once.
+async def judge(task: Judged, patch: str, pool: LocalPool, shuffle: int | None = None) -> Verdict:
+    """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once, in
+    file order or shuffled by a seed.
 
     Raises InputError if the task's tree cannot be had.
     """
@@ -73,7 +74,7 @@ async def judge(task: Judged, patch: str, pool: LocalPool) -> Verdict:
             changed = apply_changes(lambda path: present(tree, path), allowed)
             fixed = Tree(tree.root, {**tree.overlay, **changed}, tree.python_path)
             async with pool.lease(fixed) as sandbox:
-                report = await sandbox.run_tests(tests)
+                report = await sandbox.run_tests(tests, shuffle=shuffle)
     except (PatchError, SandboxError):
         flags.append(DOES_NOT_APPLY)
     except SandboxBroken as error:

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     proving.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each control")
     proving.add_argument("--limit", type=int, metavar="N")
     proving.add_argument("--split", choices=("train", "heldout"))
+    proving.add_argument("--keep", type=Path, metavar="FILE", help="write the sound lines here")
+    proving.add_argument("--seed", type=int, default=0, help="of the tests' random orders")
     proving.add_argument("--jobs", type=int, default=1, metavar="N", help="sandboxes at a time")
     proving.set_defaults(run=_verify)
 
@@ -152,19 +154,24 @@ def _verify(options: argparse.Namespace) -> int:
         raise InputError(f"no tasks to verify in {options.index}")
     checks = asyncio.run(_verify_all(tasks, options))
     good = sum(check.flips for check in checks)
+    if options.keep is not None:
+        sound = {check.task for check in checks if check.flips}
+        lines = read_index(options.index)
+        write_jsonl(options.keep, [line.record() for line in lines if line.name in sound])
     answer = {
         "tasks": [asdict(check) for check in checks],
         "verified": good,
         "failed": len(checks) - good,
         "repeat": options.repeat,
+        "verdicts": sum(check.runs for check in checks),
     }
-    lines = [
+    told = [
         f"{check.task}: before {check.before}, after {check.after}"
         for check in checks
         if not check.flips
     ]
-    lines.append(f"{good} of {len(checks)} tasks fail before and pass after, {options.repeat}x")
-    _answer(options.json, answer, "\n".join(lines))
+    told.append(f"{good} of {len(checks)} tasks fail before and pass after, {options.repeat}x")
+    _answer(options.json, answer, "\n".join(told))
     return 0 if good == len(checks) else 1
 
 
@@ -177,7 +184,7 @@ async def _verify_all(tasks: Sequence[Task], options: argparse.Namespace) -> lis
             async def one(task: Task) -> Check:
                 nonlocal done
                 async with room:
-                    check = await verify(task, pool, options.repeat)
+                    check = await verify(task, pool, options.repeat, options.seed)
                 done += 1
                 report(done, len(tasks), task.name)
                 return check
