@@ -16,7 +16,10 @@ from sandbox.candidates import Candidate, Dated, pairs, read_candidates, write_c
 from sandbox.changelog import notes
 from sandbox.failures import kind
 from sandbox.hunks import Hunk, digest, hunks_between, take_back
+from sandbox.mined import Mined
+from sandbox.packages import load_packages
 from sandbox.split import ddmin, split
+from sandbox.task_index import read_index
 from tests.sandbox.releases import sdist
 from tools import cli
 
@@ -300,3 +303,15 @@ def test_the_shipped_list() -> None:
     assert len(candidates) >= 60 and len(pairs(candidates)) >= 1000
     assert {c.split for c in candidates} == {"train", "heldout"}
     assert all(len(r.sha256) == 64 for c in candidates for r in c.releases)
+
+
+def test_the_shipped_real_bugs_are_facts_only() -> None:
+    lines = read_index("releases")
+    assert len(lines) >= 100
+    assert len({line.name for line in lines}) == len(lines)
+    for line in lines:
+        assert isinstance(line, Mined) and line.repeat >= 3 and line.f2p and line.hunks
+        assert len(line.old_sha256) == len(line.sdist_sha256) == len(line.sha256) == 64
+    splits = {line.package: line.split for line in lines}
+    assert all(line.split == splits[line.package] for line in lines)
+    assert not any(known.split != splits.get(n, known.split) for n, known in load_packages().items())
