@@ -314,4 +314,6 @@ def test_the_shipped_real_bugs_are_facts_only() -> None:
         assert len(line.old_sha256) == len(line.sdist_sha256) == len(line.sha256) == 64
     splits = {line.package: line.split for line in lines}
     assert all(line.split == splits[line.package] for line in lines)
-    assert not any(known.split != splits.get(n, known.split) for n, known in load_packages().items())
+    assert not any(
+        known.split != splits.get(n, known.split) for n, known in load_packages().items()
+    )
