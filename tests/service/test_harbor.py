@@ -1,4 +1,4 @@
-"""Harbor's own loader reads our task directories; `REMEND_HARBOR_PYTHON` is a Python that has it."""
+"""Harbor's own loader reads our task directories; `REMEND_HARBOR_PYTHON` has that library."""
 
 from __future__ import annotations
 
