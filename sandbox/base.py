@@ -125,8 +125,11 @@ class Sandbox(Protocol):
         """Run a command in the tree's root; everything it started is gone when this returns."""
         ...
 
-    async def run_tests(self, ids: Sequence[str], *, timeout_s: float | None = None) -> TestReport:
-        """Run these pytest ids (relative to the tree's root), in one process, in file order."""
+    async def run_tests(
+        self, ids: Sequence[str], *, timeout_s: float | None = None, shuffle: int | None = None
+    ) -> TestReport:
+        """Run these pytest ids (relative to the tree's root), in one process, in file order; or,
+        with a seed to `shuffle` by, in a random order across files."""
         ...
 
     async def read(self, path: str) -> bytes:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from configs.errors import InputError
 from configs.files import write_atomic
@@ -18,6 +17,7 @@ from sandbox.packages import Package
 
 _PROBE = Path(__file__).with_name("coverage_probe.py")
 _ARGUMENTS = ("-q", "-c", "/dev/null", "--rootdir", ".", "--confcutdir", ".", "-pno:cacheprovider")
+_GO_ON = "--continue-on-collection-errors"
 # whole test suites: minutes, and a report of megabytes
 _LIMITS = Limits(memory_mib=4096, processes=256, wall_s=600.0, output_bytes=128 << 20)
 
@@ -38,7 +38,9 @@ class Coverage:
 
 
 async def coverage(
-    package: Package, backend: Literal["auto", "bwrap", "plain"] = "auto"
+    package: Package,
+    backend: str = "auto",
+    wall_s: float = _LIMITS.wall_s,
 ) -> Coverage:
     """Run the package's whole tests once; a later call reads the cached measurement.
 
@@ -49,9 +51,10 @@ async def coverage(
     cached = cache_dir() / "coverage" / f"{package.name}-{package.version}-{stamp}.json"
     if not cached.is_file():
         ignored = [f"--ignore={path}" for path in package.skip]
-        argv = [interpreter(), "-S", "-", *_ARGUMENTS, *ignored, *package.tests]
+        argv = [interpreter(), "-S", "-", *_ARGUMENTS, _GO_ON, *ignored, *package.tests]
         tree = Tree(package.tree, {}, package.python_path)
-        async with LocalPool(1, _LIMITS, backend) as pool, pool.lease(tree) as sandbox:
+        limits = replace(_LIMITS, wall_s=wall_s)
+        async with LocalPool(1, limits, backend) as pool, pool.lease(tree) as sandbox:
             result = await sandbox.exec(argv, stdin=probe)
         if result.exit_code != 0 or result.killed_by:
             last = result.stderr.strip()[-300:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -66,8 +67,11 @@ class LeasedSandbox:
             seconds=answer["seconds"],
         )
 
-    async def run_tests(self, ids: Sequence[str], *, timeout_s: float | None = None) -> TestReport:
-        """Run these pytest ids (relative to the tree's root), in one process, in file order."""
+    async def run_tests(
+        self, ids: Sequence[str], *, timeout_s: float | None = None, shuffle: int | None = None
+    ) -> TestReport:
+        """Run these pytest ids (relative to the tree's root), in one process, in file order; or,
+        with a seed to `shuffle` by, in a random order across files."""
         tree, ids = self._leased(), list(dict.fromkeys(ids))
         if not ids:
             return TestReport((), 0, False, None, 0.0, "")
@@ -79,10 +83,16 @@ class LeasedSandbox:
             key = None
             if memo is not None and self._known:
                 wall_s = self._pool.limits.wall_s if timeout_s is None else timeout_s
-                key = memo_key(tree, workspace.edits(), ids, self._pool.limits, wall_s)
+                order = ids if shuffle is None else [*ids, str(shuffle)]
+                key = memo_key(tree, workspace.edits(), order, self._pool.limits, wall_s)
                 if (report := memo.get(key)) is not None:
                     return report
-            message = {"op": "test", "ids": ids, "python_path": list(tree.python_path)}
+            message = {
+                "op": "test",
+                "ids": ids if shuffle is None else random.Random(shuffle).sample(ids, len(ids)),
+                "shuffled": shuffle is not None,
+                "python_path": list(tree.python_path),
+            }
             self._commands_ran = True  # should this be cancelled before it is tidied up
             report = read_report(await self._ask(message, timeout_s), ids)
             if self._known:

@@ -14,6 +14,7 @@ import re
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,20 @@ def _reachable(url: str) -> bool:
     return "://" in path or os.path.exists(path)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """One sdist or wheel as an index lists it. `sha256` and `uploaded`, a date (YYYY-MM-DD), are ""
+    where the index does not say."""
+
+    version: str
+    sha256: str
+    uploaded: str
+
+
+def _date(link: Link) -> str:
+    return link.upload_time.date().isoformat() if link.upload_time else ""
+
+
 class PackageIndex:
     """A connection to the configured indexes. Threads may share it."""
 
@@ -83,6 +98,7 @@ class PackageIndex:
         from unearth.fetchers.sync import PyPIClient
 
         self.settings = settings
+        self._wheels: dict[str, list[Listed]] = {}
         # a missing page is told to the caller, in one error: not to the log as well
         logging.getLogger("unearth").setLevel(logging.ERROR)
         verify: ssl.SSLContext | bool = True
@@ -107,72 +123,130 @@ class PackageIndex:
         Raises InputError when the index has no such sdist, has withdrawn it, cannot be reached, or
         gives a file with another SHA-256.
         """
-        link = self._find(name, version)
+        self._download(self._find(name, version), f"{name} {version}: the sdist", sha256, target)
+
+    def wheels(self, name: str) -> list[Listed]:
+        """Every wheel of a package that runs on any machine with this Python, newest first.
+
+        Raises InputError when no index can be reached; a name that none knows has none.
+        """
+        if name not in self._wheels:
+            self._wheels[name] = [
+                Listed(version, (link.hashes or {}).get("sha256", ""), _date(link))
+                for link, version in self._links(name, f"wheels of {name}", wheels=True)
+                if link.filename.endswith("-none-any.whl") and not link.is_yanked
+            ]
+        return self._wheels[name]
+
+    def download_wheel(self, name: str, version: str, sha256: str, target: Path) -> None:
+        """As `download`, for the pure-Python wheel of that hash."""
+        for link, text in self._links(name, f"{name} {version}", wheels=True):
+            listed = (link.hashes or {}).get("sha256", sha256)
+            if text == version and listed == sha256 and link.filename.endswith("-none-any.whl"):
+                if link.is_yanked:
+                    reason = link.yank_reason or "no reason given"
+                    raise InputError(f"{name} {version} was withdrawn from the index: {reason}")
+                self._download(link, f"{name} {version}: the wheel", sha256, target)
+                return
+        raise InputError(f"the package index has no such wheel of {name} {version}")
+
+    def _download(self, link: Link, what: str, sha256: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.parent / f".{target.name}.{os.getpid()}.part"
         try:
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    digest = self._stream(link, part, f"{name} {version}")
+                    digest = self._stream(link, part, what)
                     break
                 except InputError:
                     raise
                 except Exception as error:  # the client's error classes vary with unearth's version
                     if attempt == _ATTEMPTS:
                         raise InputError(
-                            f"could not download {name} {version} from {link.redacted}: {error}"
+                            f"{what} could not be downloaded from {link.redacted}: {error}"
                         ) from error
             if digest != sha256:
                 raise InputError(
-                    f"{name} {version}: the sdist has sha256 {digest}, but {sha256} is pinned; "
+                    f"{what} has sha256 {digest}, but {sha256} is pinned; "
                     "it was not kept (check the index, or the pin)"
                 )
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
 
+    def listing(self, name: str) -> list[Listed]:
+        """Every sdist (`.tar.gz`) of a package that is not withdrawn, oldest version first.
+
+        Of versions that several indexes have, the first index's counts. Raises InputError when no
+        index knows the name, or none can be reached.
+        """
+        from packaging.version import InvalidVersion, Version
+
+        found: dict[Version, Listed] = {}
+        for link, text in self._links(name, "any version of " + name):
+            try:
+                version = Version(text)
+            except InvalidVersion:
+                continue
+            digest = (link.hashes or {}).get("sha256") or (link.hash or "=").partition("=")[2]
+            if link.filename.endswith(".tar.gz") and not link.is_yanked:
+                found.setdefault(version, Listed(text, digest, _date(link)))
+        if not found:
+            raise InputError(f"the package index has no sdist (.tar.gz) of {name}")
+        return [found[version] for version in sorted(found)]
+
     def _find(self, name: str, version: str) -> Link:
         from packaging.version import InvalidVersion, Version
-        from unearth import PackageFinder
 
         wanted = f"{name} {version}"
+        other_versions: set[str] = set()
+        for link, text in self._links(name, wanted):
+            try:
+                same = Version(text) == Version(version)
+            except InvalidVersion:
+                continue
+            other_versions.add(text)
+            if not same or not link.filename.endswith(".tar.gz"):
+                continue
+            if link.is_yanked:
+                reason = link.yank_reason or "no reason given"
+                raise InputError(f"{wanted} was withdrawn from the index: {reason}")
+            return link
+        known = f"it has {len(other_versions)} other versions" if other_versions else "no such name"
+        raise InputError(f"the package index has no sdist (.tar.gz) of {wanted}: {known}")
+
+    def _links(self, name: str, wanted: str, wheels: bool = False) -> Iterator[tuple[Link, str]]:
+        """Sdists (or wheels that fit this machine) of a package, each with its version, newest
+        first, index after index.
+
+        Raises InputError, at its end, if an index could not be reached.
+        """
+        from unearth import PackageFinder
+
         sources: list[tuple[tuple[str, ...], tuple[str, ...]]]
         sources = [((url,), ()) for url in self.settings.index_urls]
         sources += [((), (url,)) for url in self.settings.find_links]
         if not sources:
             raise InputError(f"{wanted} is not cached, and pip is set up with no index at all")
         failures: list[str] = []
-        other_versions: set[str] = set()
         for index_urls, find_links in sources:
             finder = PackageFinder(
                 self.client,
                 index_urls=index_urls,
                 find_links=find_links,
                 trusted_hosts=self.settings.trusted_hosts,
-                ignore_compatibility=True,
-                no_binary=[":all:"],
+                ignore_compatibility=not wheels,
+                only_binary=[":all:"] if wheels else [],
+                no_binary=[] if wheels else [":all:"],
             )
             try:
                 found = list(finder.find_all_packages(name, allow_yanked=True))
             except Exception as error:  # see download()
                 failures.append(f"{type(error).__name__}: {error}")
                 continue
-            for package in found:
-                try:
-                    same = Version(package.version or "") == Version(version)
-                except InvalidVersion:
-                    continue
-                other_versions.add(package.version or "")
-                if not same or not package.link.filename.endswith(".tar.gz"):
-                    continue
-                if package.link.is_yanked:
-                    reason = package.link.yank_reason or "no reason given"
-                    raise InputError(f"{wanted} was withdrawn from the index: {reason}")
-                return package.link
+            yield from ((package.link, package.version or "") for package in found)
         if failures:
             raise InputError(f"could not reach the package index for {wanted}: {failures[0]}")
-        known = f"it has {len(other_versions)} other versions" if other_versions else "no such name"
-        raise InputError(f"the package index has no sdist (.tar.gz) of {wanted}: {known}")
 
     def _stream(self, link: Link, part: Path, what: str) -> str:
         """Write the archive aside and return its SHA-256."""
@@ -183,7 +257,7 @@ class PackageIndex:
             for chunk in response.iter_bytes():
                 size += len(chunk)
                 if size > MAX_ARCHIVE_BYTES:
-                    raise InputError(f"{what}: the sdist is larger than {MAX_ARCHIVE_BYTES} bytes")
+                    raise InputError(f"{what} is larger than {MAX_ARCHIVE_BYTES} bytes")
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()

@@ -12,7 +12,7 @@ import hashlib
 import tomllib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,23 @@ from sandbox.base import SandboxBroken
 from sandbox.local import LocalPool, prebuild
 from sandbox.package_index import PackageIndex, pip_settings
 from sandbox.unpack import unpack_sdist
+from sandbox.wheels import unpack_wheels
 
 INDEX = Path(__file__).parent / "index"
 
 
 @dataclass(frozen=True)
 class Release:
-    """One source archive, named exactly."""
+    """One source archive, named exactly.
+
+    `requirements` are wheels that its tests need, `name==version --hash=sha256:…` each, unpacked
+    into the tree's folder `.requirements`.
+    """
 
     name: str
     version: str
     sha256: str
+    requirements: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def archive(self) -> Path:
@@ -44,10 +50,14 @@ class Release:
     @property
     def tree(self) -> Path:
         """Where the pristine unpacked tree lies."""
-        return cache_dir() / "trees" / f"{self.name}-{self.version}-{self.sha256[:8]}"
+        stamp = self.sha256[:8]
+        if self.requirements:
+            stamp += "-" + hashlib.sha256("\n".join(self.requirements).encode()).hexdigest()[:8]
+        return cache_dir() / "trees" / f"{self.name}-{self.version}-{stamp}"
 
     def finish(self, root: Path) -> None:
-        """What is done once to a fresh tree: nothing, for a release of which no more is known."""
+        """What is done once to a fresh tree: the wheels it needs are put beside it."""
+        unpack_wheels(self.requirements, root)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,9 @@ class Package(Release):
     skip: tuple[str, ...] = ()
 
     def finish(self, root: Path) -> None:
-        """Compile its modules and its tests, in a sandbox: every later test run is faster."""
+        """As above; then compile its modules and its tests, in a sandbox: every later test run is
+        faster."""
+        super().finish(root)
         tests: list[str] = []
         for entry in self.tests:
             found = sorted((root / entry).rglob("test_*.py")) or [root / entry]
@@ -94,7 +106,7 @@ def load_packages(path: Path = INDEX / "packages.toml") -> dict[str, Package]:
     known = {field.name for field in fields(Package)}
     packages = {}
     for name, row in rows.items():
-        missing = known - {"name", "skip"} - set(row)
+        missing = known - {"name", "skip", "requirements"} - set(row)
         if missing or set(row) - known:
             wrong = sorted(missing or set(row) - known)
             raise InputError(f"{path}: package {name}: missing or unknown keys {wrong}")

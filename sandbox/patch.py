@@ -91,13 +91,13 @@ def _file_patch(path: str, old: bytes | None, new: bytes | None) -> str:
         out.append("new file mode 100644\n")
     if new is None:
         out.append("deleted file mode 100644\n")
-    a, b = _lines(old), _lines(new)
+    a, b = split_lines(old), split_lines(new)
     if a or b:
         # as git does, a tab ends a name that holds a space
         tab = "\t" if " " in path else ""
         out.append(f"--- a/{path}{tab}\n" if old is not None else "--- /dev/null\n")
         out.append(f"+++ b/{path}{tab}\n" if new is not None else "+++ /dev/null\n")
-    for group in _groups(_opcodes(a, b)):
+    for group in _groups(opcodes(a, b)):
         (_, a0, _, b0, _), (_, _, a1, _, b1) = group[0], group[-1]
         out.append(f"@@ -{_range(a0, a1)} +{_range(b0, b1)} @@\n")
         for tag, i0, i1, j0, j1 in group:
@@ -112,7 +112,7 @@ def _file_patch(path: str, old: bytes | None, new: bytes | None) -> str:
 Opcode = tuple[str, int, int, int, int]
 
 
-def _opcodes(a: Sequence[str], b: Sequence[str]) -> list[Opcode]:
+def opcodes(a: Sequence[str], b: Sequence[str]) -> list[Opcode]:
     """As `difflib`, but the ends that are alike, mostly nearly all, are not searched."""
     head = 0
     while head < min(len(a), len(b)) and a[head] == b[head]:
@@ -152,7 +152,7 @@ def _groups(codes: Sequence[Opcode]) -> Iterable[list[Opcode]]:
         yield group
 
 
-def _lines(data: bytes | None) -> list[str]:
+def split_lines(data: bytes | None) -> list[str]:
     """Lines with their ends, split at line feeds only (a diff's own rule)."""
     text = (data or b"").decode("utf-8")
     return [line for line in re.split(r"(?<=\n)", text) if line]
@@ -204,7 +204,7 @@ def _apply(change: FileChange, data: bytes | None) -> bytes | None:
         raise PatchError(f"patch does not apply: {change.path} {state}")
     if not is_text(data or b""):
         raise PatchError(f"patch does not apply: {change.path} is not text")
-    old = _lines(data)
+    old = split_lines(data)
     new: list[str] = []
     at = 0
     for hunk in change.hunks:

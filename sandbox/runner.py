@@ -225,7 +225,10 @@ class Runner:
             os.environ.update(self._variables(request["python_path"]))
             sys.path[:0] = self._paths(request["python_path"])
             sys.argv[:] = ["pytest"]
-            raise testrun.Begin(request["ids"], report.child_fd, request["op"] == "prebuild")
+            prebuild = request["op"] == "prebuild"
+            raise testrun.Begin(
+                request["ids"], report.child_fd, prebuild, request.get("shuffled", False)
+            )
 
         def overflows() -> bool:
             return report.seen > MAX_REPORT_BYTES or output.seen > MAX_TEST_OUTPUT

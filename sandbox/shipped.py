@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from configs.errors import InputError
 from configs.files import iter_jsonl
@@ -24,6 +24,7 @@ from sandbox.task import ALWAYS_PROTECTED, Task
 SHIPPED = INDEX / "tasks.jsonl"
 _SHOWN = 1
 
+T = TypeVar("T")
 GroupedIds = dict[str, list[str]]
 
 
@@ -59,26 +60,45 @@ class Row:
 
 def read_rows(path: Path = SHIPPED) -> list[Row]:
     """The lines of an index. Raises InputError, naming the line, for one that is damaged."""
-    known = {field.name: field.type for field in fields(Row)}
-    rows = []
-    for number, record in enumerate(iter_jsonl(path), start=1):
-        wrong = [
-            name
-            for name in {*known, *record}
-            if name not in known or not _fits(record.get(name), str(known[name]))
-        ]
-        if wrong:
-            raise InputError(f"{path}:{number}: missing or impossible: {', '.join(sorted(wrong))}")
-        rows.append(Row(**record))
-    return rows
+    return [
+        row_from(Row, record, f"{path}:{number}")
+        for number, record in enumerate(iter_jsonl(path), start=1)
+    ]
+
+
+def row_from(kind: type[T], record: dict[str, Any], where: str) -> T:
+    """A line as the dataclass `kind`. Raises InputError when a field is missing or impossible."""
+    known = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]
+    wrong = [
+        name
+        for name in {*known, *record}
+        if name not in known or not _fits(record.get(name), known[name])
+    ]
+    if wrong:
+        raise InputError(f"{where}: missing or impossible: {', '.join(sorted(wrong))}")
+    return kind(**record)
 
 
 def _fits(value: object, kind: str) -> bool:
     """Whether a JSON value is of the kind that a field's annotation names."""
     if kind == "GroupedIds":
         groups = value.values() if isinstance(value, dict) else [None]
-        return all(isinstance(g, list) and all(isinstance(n, str) for n in g) for g in groups)
+        return all(_fits(group, "list[str]") for group in groups)
+    if kind == "Ranges":
+        listed = value.values() if isinstance(value, dict) and value else [None]
+        return all(
+            isinstance(some, list) and all(isinstance(r, list) and _range(r) for r in some)
+            for some in listed
+        )
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return isinstance(value, {"str": str, "int": int, "float": float | int}[kind])
+
+
+def _range(numbers: list[Any]) -> bool:
+    """Two slices: four line numbers, each start before its end."""
+    whole = len(numbers) == 4 and all(type(n) is int and n >= 0 for n in numbers)
+    return whole and numbers[0] <= numbers[1] and numbers[2] <= numbers[3]
 
 
 def build(row: Row) -> Task:

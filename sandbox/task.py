@@ -32,10 +32,12 @@ from configs.paths import cache_dir
 from sandbox.base import Tree
 from sandbox.packages import INDEX, Release, adopt, fetch, load_packages
 from sandbox.patch import apply_patch, make_patch
+from sandbox.wheels import FOLDER as REQUIREMENTS
 
 T = TypeVar("T")
 
 SCHEMA_VERSION = "1.4"
+INDEX_NAMES = ("shipped", "releases", "all")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _TEMPLATES = INDEX / "harbor"
 
@@ -46,6 +48,7 @@ ALWAYS_PROTECTED = (
     *("setup.cfg", "tox.ini", "pyproject.toml", "*.pth", "*.pyc", "*.pyd", "*.so"),
     *("sitecustomize.py", "*/sitecustomize.py", "usercustomize.py", "*/usercustomize.py"),
     *("__pycache__/*", "*/__pycache__/*", "*.egg-info/*", "*.dist-info/*", ".git/*"),
+    f"{REQUIREMENTS}/*",
 )
 
 
@@ -62,6 +65,7 @@ class Task:
       python_path: folders, relative to the tree, that tests find first on `sys.path`.
       bug_patch: unified diff from the pristine release to the buggy one.
       protected: patterns (fnmatch, `*` matches `/`) of paths that a fix may not touch.
+      requirements: wheels that the tests need, `name==version --hash=sha256:…` each.
     """
 
     name: str
@@ -80,11 +84,14 @@ class Task:
     python_path: tuple[str, ...]
     bug_patch: str
     protected: tuple[str, ...]
+    requirements: tuple[str, ...] = ()
 
     @property
     def release(self) -> Release:
         """The pinned release that the bug was put into."""
-        release = Release(self.package, self.version, self.sdist_sha256)
+        release = Release(
+            self.package, self.version, self.sdist_sha256, requirements=self.requirements
+        )
         known = load_packages().get(self.package)
         same = known is not None and (known.version, known.sha256) == (
             self.version,
@@ -120,8 +127,29 @@ class Task:
         pristine = {path: self._pristine(path) for path in buggy}
         return make_patch(buggy, {p: data for p, data in pristine.items() if data is not None})
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the task directory: every text in it, by name, and the sdist's SHA-256."""
+        total = hashlib.sha256(self.sdist_sha256.encode())
+        for name, text in sorted(self._texts().items()):
+            for part in (name.encode(), text.encode("utf-8", "surrogatepass")):
+                total.update(len(part).to_bytes(8, "big") + part)
+        return total.hexdigest()
+
     def save(self, folder: Path) -> None:
         """Write the task directory. Write it aside and rename when a half one would do harm."""
+        for room in ("environment", "tests", "solution"):
+            (folder / room).mkdir(parents=True, exist_ok=True)
+        for name, text in self._texts().items():
+            with open(folder / name, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+        for name in ("tests/test.sh", "solution/solve.sh"):
+            (folder / name).chmod(0o755)
+        for room in ("environment", "tests"):
+            _link(self.release.archive, folder / room / self.release.archive.name)
+
+    def _texts(self) -> dict[str, str]:
+        """The text files of the task directory, by path."""
         archive = self.release.archive.name
         tests = {
             "archive": archive,
@@ -133,11 +161,12 @@ class Task:
         }
         path = ":".join(os.path.normpath(f"/app/{entry}") for entry in self.python_path)
         dockerfile = Template(_template("Dockerfile")).substitute(archive=archive, python_path=path)
-        texts = {
+        return {
             "task.toml": self._toml(),
             "instruction.md": self.instruction + "\n",
             "environment/Dockerfile": dockerfile,
-            "environment/requirements.txt": _template("requirements.txt"),
+            "environment/requirements.txt": _template("requirements.txt")
+            + "".join(f"{line}\n" for line in self.requirements),
             "environment/bug.patch": self.bug_patch,
             "tests/test.sh": _template("test.sh"),
             "tests/judge.py": _template("judge.py"),
@@ -145,15 +174,6 @@ class Task:
             "solution/solve.sh": _template("solve.sh"),
             "solution/gold.patch": self.gold_patch,
         }
-        for room in ("environment", "tests", "solution"):
-            (folder / room).mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            with open(folder / name, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-        for name in ("tests/test.sh", "solution/solve.sh"):
-            (folder / name).chmod(0o755)
-        for room in ("environment", "tests"):
-            _link(self.release.archive, folder / room / archive)
 
     def _toml(self) -> str:
         facts = {
@@ -200,38 +220,36 @@ def load_tasks(
 ) -> list[Task]:
     """The tasks of an index, in its order, of one split or all; `limit` of them, evenly spread.
 
-    `index` is "shipped", another index file (`.jsonl`), or a folder of task directories. Tasks of
+    `index` is a named index (`task_index.NAMED`), another index file (`.jsonl`), or a folder of
+    task directories. Tasks of
     an index file are made once and kept in the cache as Harbor directories. `done` is told how
     many are ready.
 
     Raises InputError for anything damaged, and when a release cannot be fetched.
     """
-    from sandbox.shipped import SHIPPED, build, read_rows
+    from sandbox.task_index import files_of, in_build_order, make, read_index, releases_of
 
-    path = SHIPPED if index == "shipped" else Path(index)
-    if path.is_dir():
+    path = Path(index)
+    if str(index) not in INDEX_NAMES and path.is_dir():
         folders = sorted(file.parent for file in path.glob("*/task.toml"))
         if not folders:
             raise InputError(f"{path}: no task directories in it")
         tasks = [Task.load(folder) for folder in folders]
         return _spread([task for task in tasks if split in (None, task.split)], limit)
-    if not path.is_file():
-        raise InputError(f"{path}: no such task index")
-    rows = _spread([row for row in read_rows(path) if split in (None, row.split)], limit)
-    packages = load_packages()
-    fetch(packages[row.package] for row in rows if row.package in packages)
-    home = cache_dir() / "tasks" / _stamp(path)
+    lines = _spread([line for line in read_index(index) if split in (None, line.split)], limit)
+    home = cache_dir() / "tasks" / _stamp(files_of(index))
+    missing = [line for line in lines if not (home / line.name).is_dir()]
+    fetch(releases_of(missing))
     ready: dict[str, Task] = {}
-    # one module's tasks after another: it is parsed once
-    for row in sorted(rows, key=lambda row: (row.package, row.module, row.function)):
-        folder = home / row.name
+    for line in in_build_order(lines):
+        folder = home / line.name
         if folder.is_dir():
-            ready[row.name] = Task.load(folder)
+            ready[line.name] = Task.load(folder)
         else:
-            ready[row.name] = build(row)
-            _save_whole(ready[row.name], folder)
-        done(len(ready), len(rows))
-    return [ready[row.name] for row in rows]
+            ready[line.name] = make(line)
+            _save_whole(ready[line.name], folder)
+        done(len(ready), len(lines))
+    return [ready[line.name] for line in lines]
 
 
 def _spread(items: list[T], limit: int | None) -> list[T]:
@@ -256,15 +274,17 @@ def _save_whole(task: Task, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _stamp(index: Path) -> str:
+def _stamp(indexes: tuple[Path, ...]) -> str:
     """Changes when the index does, or the pins, or whatever decides what task directories hold."""
     digest = hashlib.sha256()
-    code = (Path(__file__), Path(__file__).with_name("shipped.py"))
-    for path in (index, INDEX / "packages.toml", *code, *sorted(_TEMPLATES.iterdir())):
+    code = [Path(__file__).with_name(f"{name}.py") for name in _DECISIVE]
+    for path in (*indexes, INDEX / "packages.toml", *code, *sorted(_TEMPLATES.iterdir())):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+# the modules whose code decides what a task directory holds
+_DECISIVE = ("task", "shipped", "mined", "changelog", "hunks", "patch")
 _ELSEWHERE = ("instruction", "fail_to_pass", "pass_to_pass", "bug_patch")
 
 _TASK_TOML = """\
@@ -295,7 +315,7 @@ storage_mb = 2048
 def _checked(values: dict[str, Any], where: Path) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for field in fields(Task):
-        value = values.get(field.name)
+        value = values.get(field.name, [] if field.name == "requirements" else None)
         if field.type == "str":
             good = isinstance(value, str) and bool(value)
         else:

@@ -41,11 +41,16 @@ _AHEAD = ("asyncio", "decimal", "fractions", "subprocess", "unittest", "unittest
 
 
 class Begin(BaseException):
-    """Raised in a child: run these tests, or only collect them, and tell it on `report_fd`."""
+    """Raised in a child: run these tests, or only collect them, and tell it on `report_fd`.
 
-    def __init__(self, ids: Sequence[str], report_fd: int, collect_only: bool) -> None:
+    With `in_order` they run in the order of `ids`; else in that of files, as pytest has it."""
+
+    def __init__(
+        self, ids: Sequence[str], report_fd: int, collect_only: bool, in_order: bool
+    ) -> None:
         super().__init__()
         self.ids, self.report_fd, self.collect_only = ids, report_fd, collect_only
+        self.in_order = in_order
 
 
 def serve_from_pytest(serve: Callable[[], None], workspace: str, nowhere: str) -> NoReturn:
@@ -91,7 +96,7 @@ class _Plugin:
         try:
             self._serve()
         except Begin as begin:
-            self.reporter = _Reporter(begin.ids, begin.report_fd)
+            self.reporter = _Reporter(begin.ids, begin.report_fd, begin.in_order)
             self.reporter.forget_shadowed(sys.modules.keys() - needed)
             config.args = self.reporter.existing_files()
             config.option.pyargs = False
@@ -110,8 +115,9 @@ class _Plugin:
 class _Reporter:
     """A pytest plugin: lets only the wanted tests come into being, and reports how they went."""
 
-    def __init__(self, ids: Sequence[str], report_fd: int) -> None:
+    def __init__(self, ids: Sequence[str], report_fd: int, in_order: bool) -> None:
         self._fd = report_fd
+        self._order = {id: place for place, id in enumerate(ids)} if in_order else {}
         self._root = os.getcwd()
         self._wanted = set(ids)
         # tests/test_a.py::Class::test[x] wants the nodes tests/test_a.py::Class and …::test
@@ -173,8 +179,11 @@ class _Reporter:
     def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str) -> list | None:
         return None if f"{collector.nodeid}::{name}" in self._nodes else []
 
+    @pytest.hookimpl(trylast=True)  # after pytest's own reordering by fixtures
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item.nodeid in self._wanted]
+        if self._order:
+            items.sort(key=lambda item: self._order[item.nodeid])
 
     def pytest_exception_interact(
         self, node: pytest.Item | pytest.Collector, call: pytest.CallInfo

@@ -58,8 +58,11 @@ class Verdict:
     environment: str = ""
 
 
-async def judge(task: Judged, patch: str, pool: SandboxPool) -> Verdict:
-    """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once.
+async def judge(
+    task: Judged, patch: str, pool: SandboxPool, shuffle: int | None = None
+) -> Verdict:
+    """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once, in
+    file order or shuffled by a seed.
 
     Raises InputError if the task's tree cannot be had.
     """
@@ -74,7 +77,7 @@ async def judge(task: Judged, patch: str, pool: SandboxPool) -> Verdict:
         if allowed:
             changed = apply_changes(lambda path: present(tree, path), allowed)
             fixed = Tree(tree.root, {**tree.overlay, **changed}, tree.python_path)
-            report = await _run(pool, fixed, tests)
+            report = await _run(pool, fixed, tests, shuffle)
     except (PatchError, SandboxError):
         flags.append(DOES_NOT_APPLY)
     except SandboxBroken as error:
@@ -94,16 +97,18 @@ async def judge(task: Judged, patch: str, pool: SandboxPool) -> Verdict:
     )
 
 
-async def _run(pool: SandboxPool, tree: Tree, tests: Sequence[str]) -> TestReport:
+async def _run(
+    pool: SandboxPool, tree: Tree, tests: Sequence[str], shuffle: int | None
+) -> TestReport:
     """The tests' report, in another sandbox if one breaks."""
     for _ in range(TRIES - 1):
         try:
             async with pool.lease(tree) as sandbox:
-                return await sandbox.run_tests(tests)
+                return await sandbox.run_tests(tests, shuffle=shuffle)
         except SandboxBroken:
             continue
     async with pool.lease(tree) as sandbox:
-        return await sandbox.run_tests(tests)
+        return await sandbox.run_tests(tests, shuffle=shuffle)
 
 
 def restrict(

@@ -16,20 +16,23 @@ from configs.errors import InputError
 from configs.files import append_jsonl, write_atomic, write_jsonl
 from sandbox.generate import Plan, fingerprints, generate
 from sandbox.local import LocalPool
-from sandbox.packages import Package, fetch, load_packages
-from sandbox.shipped import SHIPPED, build, read_rows
+from sandbox.packages import Package, Release, fetch, load_packages
+from sandbox.shipped import read_rows
 from sandbox.task import Task, load_tasks
+from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
+from tools.mining import add_mine
 from tools.progress import progress
 
 BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mutate,verify,judge,rebuild,stats}`."""
+    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
+    names = ", ".join(NAMED)
 
     making = verbs.add_parser("mutate", help="make tasks by mutating tested functions")
     making.add_argument("--out", type=Path, required=True, help="folder for tasks.jsonl")
@@ -39,11 +42,15 @@ def main(argv: list[str]) -> int:
     making.add_argument("--seed", type=int, default=Plan.seed)
     making.set_defaults(run=_mutate)
 
+    mining = add_mine(verbs)
+
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
-    proving.add_argument("--index", default="shipped", help="shipped, a .jsonl file, or a folder")
+    proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
     proving.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each control")
     proving.add_argument("--limit", type=int, metavar="N")
     proving.add_argument("--split", choices=("train", "heldout"))
+    proving.add_argument("--keep", type=Path, metavar="FILE", help="write the sound lines here")
+    proving.add_argument("--seed", type=int, default=0, help="of the tests' random orders")
     proving.add_argument("--jobs", type=int, default=1, metavar="N", help="sandboxes at a time")
     proving.set_defaults(run=_verify)
 
@@ -54,20 +61,20 @@ def main(argv: list[str]) -> int:
 
     building = verbs.add_parser("rebuild", help="write an index's tasks as Harbor directories")
     building.add_argument("--out", type=Path, required=True)
-    building.add_argument("--index", type=Path, default=SHIPPED)
+    building.add_argument("--index", default="shipped", help=f"{names}, or a .jsonl file")
     building.add_argument("--limit", type=int, metavar="N")
     building.set_defaults(run=_rebuild)
 
     counting = verbs.add_parser("stats", help="counts by source, split, package and operator")
-    counting.add_argument("--index", default="shipped", help="shipped, a .jsonl file, or a folder")
+    counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, proving, judging, building, counting):
+    for verb in (making, mining, proving, judging, building, counting):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for verb in (making, proving, judging):
+    for verb in (making, mining, proving, judging):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
     options = parser.parse_args(argv)
-    for name in ("limit", "repeat", "jobs", "per_function"):
+    for name in ("limit", "repeat", "jobs", "per_function", "newest"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -147,19 +154,24 @@ def _verify(options: argparse.Namespace) -> int:
         raise InputError(f"no tasks to verify in {options.index}")
     checks = asyncio.run(_verify_all(tasks, options))
     good = sum(check.flips for check in checks)
+    if options.keep is not None:
+        sound = {check.task for check in checks if check.flips}
+        lines = read_index(options.index)
+        write_jsonl(options.keep, [line.record() for line in lines if line.name in sound])
     answer = {
         "tasks": [asdict(check) for check in checks],
         "verified": good,
         "failed": len(checks) - good,
         "repeat": options.repeat,
+        "verdicts": sum(check.runs for check in checks),
     }
-    lines = [
+    told = [
         f"{check.task}: before {check.before}, after {check.after}"
         for check in checks
         if not check.flips
     ]
-    lines.append(f"{good} of {len(checks)} tasks fail before and pass after, {options.repeat}x")
-    _answer(options.json, answer, "\n".join(lines))
+    told.append(f"{good} of {len(checks)} tasks fail before and pass after, {options.repeat}x")
+    _answer(options.json, answer, "\n".join(told))
     return 0 if good == len(checks) else 1
 
 
@@ -172,7 +184,7 @@ async def _verify_all(tasks: Sequence[Task], options: argparse.Namespace) -> lis
             async def one(task: Task) -> Check:
                 nonlocal done
                 async with room:
-                    check = await verify(task, pool, options.repeat)
+                    check = await verify(task, pool, options.repeat, options.seed)
                 done += 1
                 report(done, len(tasks), task.name)
                 return check
@@ -210,10 +222,10 @@ def _find(name: str) -> Task:
     """A task by its directory, or by its name in the shipped index."""
     if "/" in name or Path(name).is_dir():
         return Task.load(Path(name))
-    for row in read_rows():
+    for row in read_index("all"):
         if row.name == name:
-            _fetch([load_packages()[row.package]])
-            return build(row)
+            _fetch(releases_of([row]))
+            return make(row)
     raise InputError(f"{name}: neither a task directory nor a shipped task (see tasks stats)")
 
 
@@ -222,34 +234,35 @@ def _find(name: str) -> Task:
 
 def _rebuild(options: argparse.Namespace) -> int:
     """Make every task of the index again; `build` compares each with its recorded hash."""
-    rows = read_rows(options.index)[: options.limit]
-    _fetch([package for package in load_packages().values() if _used(package, rows)])
-    written = []
+    rows = read_index(options.index)[: options.limit]
+    _fetch(releases_of(rows))
+    digests: dict[str, str] = {}
     with progress("rebuild") as report:
-        rows.sort(key=lambda row: (row.package, row.module, row.function))
-        for row in rows:
+        for row in in_build_order(rows):
             folder = options.out / row.name
             if folder.exists():
                 raise InputError(f"{folder} exists already: choose another --out")
-            build(row).save(folder)
-            written.append(row.name)
-            report(len(written), len(rows), row.package)
-    answer = {"out": str(options.out), "tasks": len(written), "same_hash": len(written)}
-    _answer(options.json, answer, f"{len(written)} tasks in {options.out}, hashes as recorded")
+            task = make(row)
+            task.save(folder)
+            digests[row.name] = task.digest
+            report(len(digests), len(rows), row.package)
+    answer = {
+        "out": str(options.out),
+        "tasks": len(digests),
+        "same_hash": len(digests),
+        "digests": digests,
+    }
+    _answer(options.json, answer, f"{len(digests)} tasks in {options.out}, hashes as recorded")
     return 0
-
-
-def _used(package: Package, rows: Sequence) -> bool:
-    return any(row.package == package.name for row in rows)
 
 
 # -- stats
 
 
 def _stats(options: argparse.Namespace) -> int:
-    if options.index == "shipped" or options.index.endswith(".jsonl"):
-        rows = read_rows(SHIPPED if options.index == "shipped" else Path(options.index))
-        facts = [("procedural", r.split, r.package, r.operator) for r in rows]
+    if options.index in NAMED or options.index.endswith(".jsonl"):
+        rows = read_index(options.index)
+        facts = [(source_of(r), r.split, r.package, r.operator) for r in rows]
     else:
         tasks = _load(options.index)
         facts = [(t.source, t.split, t.package, t.operator) for t in tasks]
@@ -270,7 +283,7 @@ def _load(index: str, split: str | None = None, limit: int | None = None) -> lis
         return load_tasks(index, split, limit, lambda done, total: report(done, total, ""))
 
 
-def _fetch(packages: Sequence[Package]) -> None:
+def _fetch(packages: Sequence[Release]) -> None:
     with progress("packages") as report:
         done = 0
 

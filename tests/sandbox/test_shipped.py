@@ -14,6 +14,7 @@ from sandbox.generate import fingerprints_of
 from sandbox.packages import fetch, load_packages
 from sandbox.shipped import SHIPPED, Row, group, read_rows, ungroup
 from sandbox.task import Task, load_tasks
+from sandbox.task_index import read_index
 from tools import cli
 
 
@@ -144,7 +145,11 @@ def test_no_function_is_both_trained_on_and_held_out(rows: list[Row]) -> None:
 def test_stats_counts_the_shipped_tasks(rows: list[Row], capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["tasks", "stats", "--json"]) == 0
     stats = json.loads(capsys.readouterr().out)
-    assert stats["tasks"] == len(rows) and stats["source"] == {"procedural": len(rows)}
+    real = len(read_index("releases"))
+    assert stats["tasks"] == len(rows) + real
+    assert stats["source"] == {"procedural": len(rows), "release": real}
+    assert cli.main(["tasks", "stats", "--index", "shipped", "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
     assert sum(stats["package"].values()) == sum(stats["split"].values()) == len(rows)
 
 

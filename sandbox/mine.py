@@ -1,0 +1,350 @@
+"""Real bugs: what the tests of a release find in the release before it.
+
+For two adjacent releases: run the newer one's tests on it, run those that pass on the newer tree
+with the older source, see which failures are bugs, take the source diff apart into independent
+fixes, and prove each. What a pair gave, or why it gave nothing, is one record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from configs.errors import InputError
+from sandbox.base import Sandbox, SandboxBroken, TestCase, Tree
+from sandbox.coverage import Coverage, coverage
+from sandbox.failures import kind, looks_at_clock
+from sandbox.hunks import Hunk, digest, hunks_between, source_files, take_back
+from sandbox.local import LocalPool
+from sandbox.mined import Mined, ranges
+from sandbox.packages import Package
+from sandbox.patch import make_patch
+from sandbox.prove import prove
+from sandbox.shipped import group
+from sandbox.source import Code, FunctionSpan
+from sandbox.split import split
+
+
+@dataclass(frozen=True)
+class MineLimits:
+    """How much of a pair is looked at, and what a task may be."""
+
+    suite_s: float = 240.0
+    tests: int = 6000
+    hunks: int = 400
+    split_hunks: int = 80
+    split_runs: int = 160
+    split_s: float = 120.0
+    pieces: int = 8
+    fail_to_pass: int = 16
+    pass_to_pass: int = 24
+    id_chars: int = 120
+    run_s: float = 8.0
+    repeat: int = 3
+
+
+@dataclass
+class PairRecord:
+    """What became of one pair. `status`: "tasks", "none" (valid, but no task) or "refused" (it
+    could not be looked at); `reason` says why. `kinds` counts the failing tests by what they say;
+    `pieces` the independent fixes found, kept and not; `dropped` the tests not relied upon."""
+
+    package: str
+    old: str
+    version: str
+    status: str = "refused"
+    reason: str = ""
+    passing: int = 0
+    hunks: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    pieces: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def mine_pair(
+    new: Package, old: Package, uploaded: str, limits: MineLimits, pool: LocalPool
+) -> PairRecord:
+    """Mine one pair; both trees must be in the cache. Never raises for what a release holds."""
+    record = PairRecord(new.name, old.version, new.version)
+    began = time.monotonic()
+    try:
+        await _Pair(new, old, uploaded, limits, record).mine(pool)
+    except (InputError, SandboxBroken, UnicodeError, RecursionError) as error:
+        record.status, record.reason = "refused", str(error)[:300]
+    record.seconds = round(time.monotonic() - began, 1)
+    return record
+
+
+class _Pair:
+    def __init__(
+        self, new: Package, old: Package, uploaded: str, limits: MineLimits, record: PairRecord
+    ) -> None:
+        self.new, self.old, self.uploaded = new, old, uploaded
+        self.limits, self.record = limits, record
+        self.fixed = Tree(new.tree, {}, new.python_path)
+        self.versions = (new.version, old.version)
+
+    async def mine(self, pool: LocalPool) -> None:
+        new_files, old_files = source_files(self.new), source_files(self.old)
+        self.new_files, self.old_files = new_files, old_files
+        if not new_files.keys() & old_files.keys():
+            raise InputError("the modules have moved: no file in common")
+        hunks = hunks_between(new_files, old_files, self.versions)
+        self.record.hunks = len(hunks)
+        if not hunks:
+            self.record.status, self.record.reason = "none", "no change in the source"
+            return
+        if len(hunks) > self.limits.hunks:
+            raise InputError(f"{len(hunks)} hunks: more than a fix")
+        measured = await coverage(self.new, pool.backend, self.limits.suite_s)
+        passing = [id for id in measured.seconds if self._usable(id)]
+        self.record.passing = len(passing)
+        if len(passing) < 3:
+            raise InputError(f"{len(passing)} of {measured.not_passed + len(passing)} tests pass")
+        if len(passing) > self.limits.tests:
+            raise InputError(f"{len(passing)} tests: too many")
+        async with pool.lease(self.fixed) as sandbox:
+            await self._mine(sandbox, hunks, passing, measured)
+
+    async def _mine(
+        self, sandbox: Sandbox, hunks: list[Hunk], passing: list[str], measured: Coverage
+    ) -> None:
+        # the suite again, with the runner that tasks are judged by; a test must pass here, too
+        again = await self._cases(sandbox, [], passing)
+        passing = [id for id in passing if again[id].outcome == "passed"]
+        cases = await self._cases(sandbox, hunks, passing)
+        broken = {id for id, case in cases.items() if case.outcome != "passed"}
+        bugs = [id for id in sorted(broken) if self._kind(cases[id]) == "bug"]
+        if not broken:
+            self.record.status, self.record.reason = "none", "the older source passes all tests"
+            return
+        if len(broken) == len(passing) or not bugs:
+            why = "every test" if len(broken) == len(passing) else "no test shows a bug; it"
+            self.record.status = "none"
+            self.record.reason = f"{why} fails on the older source: {self.record.kinds}"
+            return
+        rows: list[Mined] = []
+        seen: set[str] = set()
+        for piece, operator in await self._pieces(sandbox, hunks, bugs, measured):
+            row = await self._task(sandbox, piece, operator, passing, broken, bugs, measured)
+            # the whole diff is no task beside a piece of it that the same tests tell
+            same = row is not None and any(row.f2p == other.f2p for other in rows)
+            if row is not None and row.sha256 not in seen and not (operator == "release" and same):
+                seen.add(row.sha256)
+                rows.append(row)
+        self.record.tasks = [row.record() for row in rows]
+        self.record.status = "tasks" if rows else "none"
+        self.record.reason = "" if rows else "no piece of the diff held in the proof"
+
+    async def _pieces(
+        self, sandbox: Sandbox, hunks: list[Hunk], bugs: list[str], measured: Coverage
+    ) -> list[tuple[tuple[Hunk, ...], str]]:
+        """The independent fixes, smallest first, and the whole diff last."""
+        pieces: list[tuple[tuple[Hunk, ...], str]] = []
+        ends = time.monotonic() + self.limits.split_s
+
+        async def failing(some: Sequence[Hunk], tests: Sequence[str]) -> set[str]:
+            if time.monotonic() > ends:
+                return set()
+            if len(some) == 1 and (executing := self._executing(some[0], measured)) is not None:
+                tests = [id for id in tests if id in executing]
+            if not tests:
+                return set()
+            found = await self._cases(sandbox, some, tests)
+            return {id for id, case in found.items() if case.outcome in ("failed", "error")}
+
+        if 1 < len(hunks) <= self.limits.split_hunks:
+            # one of each parametrised test is enough to tell the hunks apart
+            chosen = _one_of_each(bugs)[:60]
+            found = await split(hunks, chosen, failing, self.limits.split_runs)
+            small = sorted({p for p, _ in found}, key=lambda p: (len(p), sum(h.lines for h in p)))
+            self.record.pieces["found"] = len(small)
+            pieces = [(piece, "fix") for piece in small[: self.limits.pieces]]
+        whole = "fix" if len(hunks) == 1 else "release"
+        return [*pieces, (tuple(hunks), whole)]
+
+    async def _task(
+        self,
+        sandbox: Sandbox,
+        piece: tuple[Hunk, ...],
+        operator: str,
+        passing: list[str],
+        broken: set[str],
+        bugs: list[str],
+        measured: Coverage,
+    ) -> Mined | None:
+        """The task of one piece, if it breaks nothing that the older release did not."""
+        counts = self.record.pieces
+        if operator == "release" or len(piece) == self.record.hunks:
+            failing = broken
+        else:
+            cases = await self._cases(sandbox, piece, passing)
+            failing = {id for id, case in cases.items() if case.outcome != "passed"}
+            if failing - broken:
+                counts["breaks more"] = counts.get("breaks more", 0) + 1
+                return None
+        wanted = [id for id in bugs if id in failing]
+        f2p = _spread_out(wanted, measured, self.limits.fail_to_pass)
+        rest = [id for id in passing if id not in failing]
+        p2p = self._near(piece, rest, measured)
+        buggy = Tree(self.new.tree, self._buggy(piece), self.new.python_path)
+        proof = await prove(sandbox, buggy, self.fixed, f2p, p2p, self.limits.repeat)
+        self.record.dropped |= proof.dropped
+        if not proof.fail_to_pass or proof.seconds > self.limits.run_s:
+            counts["not proven"] = counts.get("not proven", 0) + 1
+            return None
+        counts["kept"] = counts.get("kept", 0) + 1
+        return self._row(piece, operator, proof.fail_to_pass, proof.pass_to_pass, proof.seconds)
+
+    def _row(
+        self,
+        piece: tuple[Hunk, ...],
+        operator: str,
+        f2p: list[str],
+        p2p: list[str],
+        seconds: float,
+    ) -> Mined:
+        files = self._buggy(piece)
+        changed = {path: self.new_files[path] for path in files}
+        make_patch(changed, files)  # raises for what a patch cannot carry
+        largest = max(piece, key=lambda hunk: hunk.lines)
+        sha256 = digest(files)
+        return Mined(
+            source="release",
+            name=f"{self.new.name}-{self.new.version}-{operator}-{sha256[:6]}",
+            package=self.new.name,
+            old=self.old.version,
+            version=self.new.version,
+            old_sha256=self.old.sha256,
+            sdist_sha256=self.new.sha256,
+            uploaded=self.uploaded,
+            split=self.new.split,
+            licence=self.new.licence,
+            operator=operator,
+            module=largest.path,
+            function=function_at(self.new_files[largest.path], largest.new[0] + 1),
+            hunks=ranges(piece),
+            lines=sum(hunk.lines for hunk in piece),
+            sha256=sha256,
+            package_source=list(self.new.source),
+            tests=list(self.new.tests),
+            python_path=list(self.new.python_path),
+            requirements=list(self.new.requirements),
+            f2p=group(f2p),
+            p2p=group(p2p),
+            repeat=self.limits.repeat,
+            seconds=round(seconds, 3),
+        )
+
+    # -- running
+
+    def _buggy(self, hunks: Collection[Hunk]) -> dict[str, bytes]:
+        return take_back(hunks, self.new_files, self.old_files)
+
+    async def _cases(
+        self, sandbox: Sandbox, hunks: Collection[Hunk], tests: Sequence[str]
+    ) -> dict[str, TestCase]:
+        """Run tests with some hunks taken back.
+
+        Raises InputError if the run did not reach every test: one cut short looks as if all of the
+        rest failed. Of a few tests, those not reached are left out.
+        """
+        await sandbox.reset(Tree(self.new.tree, self._buggy(hunks), self.new.python_path))
+        report = await sandbox.run_tests(tests, timeout_s=self.limits.suite_s)
+        if any(case.outcome == "missing" for case in report.cases):
+            if not hunks or len(tests) > 60:
+                raise InputError(
+                    f"the test run was cut short: {report.killed_by or report.exit_code}"
+                )
+        return {case.id: case for case in report.cases}
+
+    def _kind(self, case: TestCase) -> str:
+        found = kind(case, self.versions)
+        self.record.kinds[found] = self.record.kinds.get(found, 0) + 1
+        return found
+
+    def _usable(self, id: str) -> bool:
+        plain = id.isascii() and id.isprintable() and " at 0x" not in id and "0x7" not in id
+        return plain and len(id) <= self.limits.id_chars and not looks_at_clock(id)
+
+    def _executing(self, hunk: Hunk, measured: Coverage) -> set[str] | None:
+        """Tests that execute the function whose body a hunk lies in; None if it lies in none, and
+        any test may feel it."""
+        data = self.new_files[hunk.path]
+        around = [
+            (span, body)
+            for span, body in _bodies(data)
+            if body <= hunk.new[0] + 1 and max(hunk.new[1], hunk.new[0] + 1) <= span.end_line
+        ]
+        if not around:
+            return None
+        # the outermost: nested functions are made, and decorated, when it runs
+        line = min(span.line for span, _ in around)
+        return set(measured.tests.get((hunk.path, line), ()))
+
+    def _near(self, piece: Collection[Hunk], tests: list[str], measured: Coverage) -> list[str]:
+        """Tests to keep passing: half that execute the functions changed, half others, quick."""
+        paths = {hunk.path for hunk in piece}
+        inside = {
+            id
+            for (path, line), ids in measured.tests.items()
+            if path in paths and _touches(piece, path, line, self.new_files[path])
+            for id in ids
+        }
+        half = self.limits.pass_to_pass // 2
+        near = _spread_out([id for id in tests if id in inside], measured, half)
+        others = [id for id in tests if id not in inside]
+        return near + _spread_out(others, measured, self.limits.pass_to_pass - len(near))
+
+
+def _touches(piece: Collection[Hunk], path: str, line: int, data: bytes) -> bool:
+    """Whether a hunk lies in the function that begins at this line."""
+    end = next((s.end_line for s, _ in _bodies(data) if s.line == line), line)
+    return any(h.path == path and h.new[0] < end and h.new[1] >= line - 1 for h in piece)
+
+
+@lru_cache(maxsize=64)
+def _bodies(data: bytes) -> list[tuple[FunctionSpan, int]]:
+    """Functions of a module, each with the first line of its body; none if it does not parse."""
+    try:
+        found = Code(data.decode("utf-8")).functions
+    except (InputError, UnicodeDecodeError):
+        return []
+    return [(span, node.body[0].lineno) for span, node in found]
+
+
+def function_at(data: bytes, line: int) -> str:
+    """Qualified name of the innermost function around a line; "<module>" outside any."""
+    around = [span for span, _ in _bodies(data) if span.line <= line <= span.end_line]
+    return min(around, key=lambda s: s.end_line - s.line).name if around else "<module>"
+
+
+def _one_of_each(tests: Sequence[str]) -> list[str]:
+    """The first of each parametrised test, then the others."""
+    seen: set[str] = set()
+    first: list[str] = []
+    others: list[str] = []
+    for id in tests:
+        base = id.partition("[")[0]
+        (others if base in seen else first).append(id)
+        seen.add(base)
+    return first + others
+
+
+def _spread_out(tests: Sequence[str], measured: Coverage, count: int) -> list[str]:
+    """The quickest `count` tests, one of each parametrised test before a second one."""
+    quick = sorted(tests, key=lambda id: (measured.seconds.get(id, 0.0) > 0.5, len(id), id))
+    return _one_of_each(quick)[:count]
+
+
+def tasks_of(record: Mapping[str, Any]) -> list[Mined]:
+    """The tasks of a pair's record."""
+    return [Mined(**task) for task in record["tasks"]]

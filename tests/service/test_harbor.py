@@ -1,0 +1,40 @@
+"""Harbor's own loader reads our task directories; `REMEND_HARBOR_PYTHON` has that library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools import cli
+
+PYTHON = os.environ.get("REMEND_HARBOR_PYTHON")
+LOAD = """
+import json, sys
+from pathlib import Path
+from harbor.models.task.task import Task
+tasks = [Task(Path(folder)) for folder in sys.argv[1:]]
+print(json.dumps({task.name: task.instruction for task in tasks}))
+"""
+
+
+@pytest.mark.service
+@pytest.mark.network
+@pytest.mark.skipif(not PYTHON, reason="REMEND_HARBOR_PYTHON names no Python with harbor")
+@pytest.mark.parametrize("index", ["shipped", "releases"])
+def test_harbor_accepts_what_we_export(index: str, tmp_path: Path) -> None:
+    rebuild = ["tasks", "rebuild", "--index", index, "--limit", "20", "--out", str(tmp_path)]
+    assert cli.main([*rebuild]) == 0
+    folders = sorted(tmp_path.iterdir())
+    ran = subprocess.run(
+        [str(PYTHON), "-c", LOAD, *map(str, folders)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    read = json.loads(ran.stdout.splitlines()[-1])
+    assert set(read) == {f"remend/{folder.name}" for folder in folders}
+    for folder in folders:
+        told = read[f"remend/{folder.name}"].strip()
+        assert told == (folder / "instruction.md").read_text().strip()
