@@ -1,4 +1,4 @@
-"""GRPO: roll out groups, turn verdicts into advantages, update, publish, repeat.
+"""PPO and GRPO: roll out groups, turn verdicts into advantages, update, publish, repeat.
 
 Synchronous: the policy that samples a step's episodes is the policy that the step updates. Every
 random choice derives from (seed, step, episode), so a run that was killed and started again goes
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,16 +26,14 @@ from model.hosts import agree, barrier, host_count, host_index
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
 from model.share import Share, share_of, spread
-from rl.advantage import group_advantages
-from rl.credit import turn_credits
-from rl.loss import LossConfig, loss_of_rows
+from rl.curriculum import Curriculum, outcomes
+from rl.experience import AdvantageConfig, CriticConfig, Scores, Shape, prepare
+from rl.loss import LossConfig, critic_loss, loss_of_rows
 from rl.rollout import Episode
 from sandbox.task import Task
-from sft.batches import even
 from sft.learner import Learner, OptimizerConfig, TrainState
 from sft.metrics import Metrics
-from sft.packing import Example, Rows, microbatches, pack
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, load, save
+from sft.trajectory import ENVIRONMENT, Trajectory, load, save
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class RLConfig:
     only_solved: take only tasks that the teacher solved: on others most groups fail whole, and
       teach nothing.
     scale_advantages: divide a group's advantages by the standard deviation of its rewards.
+    epochs: passes over a step's episodes, each with its updates in a new order.
+    critic: for advantage.kind gae.
+    curriculum: draw tasks by how far from certain their success is (`rl/curriculum.py`).
+    recompute_old: π_old is the learner's own number, not the server's.
     """
 
     steps: int = 20
@@ -63,8 +67,30 @@ class RLConfig:
     scale_advantages: bool = True
     turn_credit: float = 0.0
     only_solved: bool = False
+    epochs: int = 1
+    curriculum: bool = False
+    recompute_old: bool = False
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    critic: CriticConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if (self.critic is not None) != (self.advantage.kind == "gae"):
+            raise InputError("rl: a critic goes with advantage.kind: gae, and only with it")
+        if self.critic is not None and self.turn_credit:
+            raise InputError("rl: turn_credit is for groups; a critic credits every token itself")
+        shared = self.critic is not None and self.critic.network == "shared"
+        if shared and self.loss.aggregate != "token":
+            raise InputError("rl: a critic on the policy's own network wants loss.aggregate: token")
+        if self.loss.importance_cap and not self.recompute_old:
+            raise InputError(
+                "rl.loss: importance_cap compares learner and server: set recompute_old"
+            )
+        if self.loss.objective == "gspo" and (self.turn_credit or self.advantage.kind == "gae"):
+            raise InputError(
+                "rl.loss: gspo wants one advantage for a whole sequence: group or rloo"
+            )
 
 
 Rollout = Callable[[Sequence[Episode]], Coroutine[Any, Any, list[Trajectory]]]
@@ -101,23 +127,42 @@ async def train_rl(
             "lower tasks_per_step or make more tasks"
         )
 
-    updates = config.steps * config.updates_per_step
+    per_step = config.updates_per_step * config.epochs
+    updates = config.steps * per_step
+    critic, valued = _critic(config, model, updates, mesh)
+    if critic is None:
+        model = valued
     rule, loss = config.optimizer.build(updates), loss_of_rows(config.loss)
     learner = Learner(model, rule, loss, mesh, temperature, offload=config.optimizer.offload)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "rl", best=config.keep_best, background=True)
-    params = spread(params, model, mesh)
+    with_value = _with_value(params, valued)
+    params = spread(with_value if critic is None else params, model, mesh)
     state = learner.init(params)
-    restored = checkpoints.restore_latest(state._asdict())
+    critic_state = critic.init(spread(with_value, valued, mesh)) if critic is not None else None
+
+    def tree() -> dict[str, Any]:
+        own = {} if critic_state is None else {"critic": critic_state._asdict()}
+        return state._asdict() | own
+
+    restored = checkpoints.restore_latest(tree())
     if restored is not None:
+        if critic is not None:
+            critic_state = critic.place(TrainState(**restored.pop("critic")))
         state = learner.place(TrainState(**restored))
     reference = learner.place_params(params) if config.loss.kl_coef else None
     share = share_of(mesh)
-    start = int(state.step) // config.updates_per_step
+    start = int(state.step) // per_step
+    shape = Shape(config.row_tokens, config.row_targets, config.microbatch_rows)
+    curriculum = Curriculum(tasks) if config.curriculum else None
+    if curriculum is not None:
+        for step in range(start):
+            for path in sorted((run / "trajectories").glob(f"rl-{step + 1:06d}*.jsonl")):
+                curriculum.record(outcomes(load(path)))
     metrics.rewind("rl", start)
 
     def keep(step: int, values: dict[str, float] | None = None) -> None:
-        checkpoints.save(step, state._asdict(), score=values["rl/success"] if values else None)
+        checkpoints.save(step, tree(), score=values["rl/success"] if values else None)
 
     def stopped(step: int) -> Preempted:
         checkpoints.close()
@@ -125,8 +170,11 @@ async def train_rl(
 
     for step in range(start, config.steps):
         began = time.monotonic()
-        publish(state.params, step)
-        episodes = _episodes(tasks, config, seed, step)
+        publish(_policy(state.params), step)
+        chosen = None
+        if curriculum is not None:
+            chosen = curriculum.choose(config.tasks_per_step, (seed, step))
+        episodes = _episodes(tasks, config, seed, step, chosen)
         own = _groups_of(host_index(), config)
         done = await unless_noticed(rollout([e for group in own for e in episodes[group]]))
         if not all(agree(done is not None)):  # nothing of this step is kept
@@ -139,16 +187,35 @@ async def train_rl(
         _keep_episodes(run, step + 1, done)
         groups = dict(zip(own, _cut(done, config), strict=True))
         groups |= _of_peers(run, step + 1, share, config)
+        if curriculum is not None:
+            for found in agree([o for g in own for o in outcomes(groups[g])]):
+                curriculum.record((name, solved) for name, solved in found)
+        now, judge = state.params, critic_state or state
+        scores = Scores(
+            reference=partial(learner.logprobs, reference) if reference is not None else None,
+            value=partial((critic or learner).values, judge.params) if config.critic else None,
+            old=partial(learner.logprobs, now) if config.recompute_old else None,
+        )
+        experience = [
+            prepare(
+                [groups[g] for g in sorted(groups) if g % config.updates_per_step == update],
+                config.advantage,
+                config.loss,
+                shape,
+                share,
+                scores,
+                scale=config.scale_advantages,
+                credit=config.turn_credit,
+            )
+            for update in range(config.updates_per_step)
+        ]
         totals: list[dict[str, float]] = []
-        for update in range(config.updates_per_step):
-            mine = [groups[g] for g in sorted(groups) if g % config.updates_per_step == update]
-            batches = _batches(mine, config, share)
-            batches = even(batches, max(agree(len(batches))))
-            if reference is not None:
-                batches = [
-                    rows._replace(ref_logprob=learner.logprobs(reference, rows)) for rows in batches
-                ]
-            state, update_values = learner.step(state, batches)
+        for update in _order(config, seed, step):
+            state, update_values = learner.step(state, experience[update])
+            if critic is not None and critic_state is not None:
+                critic_state, of_critic = critic.step(critic_state, experience[update])
+                own_names = {"loss": "critic/loss", "grad_norm": "critic/grad_norm"}
+                update_values |= {own_names.get(k, k): v for k, v in of_critic.items()}
             totals.append(update_values)
         values |= {_prefixed(k): float(np.mean([t[k] for t in totals])) for k in totals[0]}
         values |= {"time/rollout_s": rolled - began, "time/learn_s": time.monotonic() - rolled}
@@ -160,16 +227,58 @@ async def train_rl(
         if stop:
             raise stopped(step + 1)
     checkpoints.close()
-    publish(state.params, config.steps)
-    return state.params
+    publish(_policy(state.params), config.steps)
+    return _policy(state.params)
 
 
-def _episodes(tasks: Sequence[Task], config: RLConfig, seed: int, step: int) -> list[list[Episode]]:
-    """The step's groups: tasks in a new order each pass through the set."""
-    chosen = []
-    for i in range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step):
-        lap, at = divmod(i, len(tasks))
-        chosen.append(tasks[np.random.default_rng([seed, lap]).permutation(len(tasks))[at]])
+def _critic(
+    config: RLConfig, model: Qwen3Config, updates: int, mesh: Mesh | None
+) -> tuple[Learner | None, Qwen3Config]:
+    """The learner of a critic with a network of its own, and the config of the network that has the
+    critic's head: the critic's, or the policy's."""
+    if config.critic is None:
+        return None, model
+    valued = replace(model, value_head=True)
+    if config.critic.network == "shared":
+        return None, valued
+    optimizer = config.critic.optimizer
+    rule, loss = optimizer.build(updates), critic_loss(config.loss)
+    return Learner(valued, rule, loss, mesh, offload=optimizer.offload), valued
+
+
+def _with_value(params: Params, model: Qwen3Config) -> Params:
+    """`params` with a critic's head that says 0 everywhere, if the model has one."""
+    head = {"value": jnp.zeros(model.hidden_size, model.param_dtype)} if model.value_head else {}
+    return params | head
+
+
+def _policy(params: Params) -> Params:
+    """`params` without a critic's head: what is served."""
+    return {name: value for name, value in params.items() if name != "value"}
+
+
+def _order(config: RLConfig, seed: int, step: int) -> list[int]:
+    """The updates of a step: in turn, then in a new order each further epoch."""
+    found = list(range(config.updates_per_step))
+    for epoch in range(1, config.epochs):
+        rng = np.random.default_rng([seed, step, epoch])
+        found += rng.permutation(config.updates_per_step).tolist()
+    return found
+
+
+def _episodes(
+    tasks: Sequence[Task],
+    config: RLConfig,
+    seed: int,
+    step: int,
+    chosen: Sequence[Task] | None = None,
+) -> list[list[Episode]]:
+    """The step's groups: of the chosen tasks, or tasks in a new order each pass through the set."""
+    if chosen is None:
+        chosen = []
+        for i in range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step):
+            lap, at = divmod(i, len(tasks))
+            chosen.append(tasks[np.random.default_rng([seed, lap]).permutation(len(tasks))[at]])
     return [
         [
             Episode(task, episode_seed(seed, step, group, member))
@@ -219,25 +328,6 @@ def _of_peers(run: Path, step: int, share: Share, config: RLConfig) -> dict[int,
             found = _cut(load(_file(run, step, host)), config)
             groups |= zip(_groups_of(host, config), found, strict=True)
     return groups
-
-
-def _batches(groups: Sequence[Sequence[Trajectory]], config: RLConfig, share: Share) -> list[Rows]:
-    """Learner batches from whole groups, this host's share of their rows.
-
-    Groups without signal still count as tokens in the denominator would, so they are left out:
-    their gradient is zero (dynamic sampling, DAPO)."""
-    data = []
-    for group in groups:
-        outcomes = group_advantages([t.reward for t in group], scale=config.scale_advantages)
-        credit = turn_credits(group, config.turn_credit)
-        if not any(outcomes) and not any(map(any, credit)):
-            continue
-        for t, outcome, turns in zip(group, outcomes, credit, strict=True):
-            weight = [float(a == POLICY) for a in t.author]
-            advantage = [outcome + (turns[n] if n >= 0 else 0.0) for n in t.turn_of_ids()]
-            data.append(Example(t.ids, weight, t.logprobs, advantage))
-    rows = pack(data, config.row_tokens, config.row_targets)
-    return microbatches(rows, share.rows(config.microbatch_rows))
 
 
 def _episode_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:

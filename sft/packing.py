@@ -38,7 +38,9 @@ class Rows(NamedTuple):
     is the target behind token i, and targets = length.
     target: int32 [rows, targets]; weight, advantage: float32 [rows, targets]; unused slots have
     weight 0. old_logprob, ref_logprob: float32 [rows, targets], when sampled and under the
-    reference policy (0 where a run has none).
+    reference policy (0 where a run has none). None, or float32 [rows, targets]: behaviour_logprob,
+    of the server, where the learner has computed old_logprob anew; returns and old_value, for a
+    critic.
     """
 
     tokens: Any
@@ -50,6 +52,9 @@ class Rows(NamedTuple):
     advantage: Any
     old_logprob: Any
     ref_logprob: Any
+    behaviour_logprob: Any = None
+    returns: Any = None
+    old_value: Any = None
 
     def select(self, rows: slice | np.ndarray) -> Rows:
         """Some of the rows, of every array."""
@@ -116,8 +121,7 @@ def microbatches(rows: Rows, size: int) -> list[Rows]:
     """
     count = len(rows.tokens)
     short = -count % size if count else size
-    targets = 0 if rows.source is None else rows.target.shape[1]
-    padding = empty_rows(short, rows.tokens.shape[1], targets)
+    padding = jax.tree.map(lambda a: np.zeros((short, *a.shape[1:]), a.dtype), rows)
     whole = jax.tree.map(lambda *pair: np.concatenate(pair), rows, padding)
     return [whole.select(slice(start, start + size)) for start in range(0, count + short, size)]
 
