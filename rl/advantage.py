@@ -46,7 +46,8 @@ def gae(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generalised advantage estimation over the policy tokens of one episode, which then ends.
 
-        δ_t = r_t + γ·V_{t+1} - V_t,  A_t = δ_t + γ·λ·A_{t+1},  R_t = A_t + V_t,  V_{T+1} = A_{T+1} = 0
+        δ_t = r_t + γ·V_{t+1} - V_t,  A_t = δ_t + γ·λ·A_{t+1},  R_t = A_t + V_t
+        V_{T+1} = A_{T+1} = 0
 
     Schulman et al. 2016, arXiv 1506.02438, eq. 11-16. What the environment wrote between two turns
     is part of the state, not a step. Returns (advantages, returns), float64 [tokens].

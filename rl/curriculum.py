@@ -13,7 +13,7 @@ from sft.trajectory import Trajectory
 class Curriculum:
     """Success counts by task, and draws weighted by them.
 
-    With p = (s + 1) / (n + 2) after s successes in n episodes, a task's weight is p·(1 - p) + floor:
+    With p = (s + 1) / (n + 2) after s successes in n episodes, a task weighs p·(1 - p) + floor:
     the variance of its reward, and so the size of a group's advantages (Florensa et al. 2018, arXiv
     1705.06366: tasks of intermediate difficulty). A task not yet tried weighs most.
     """

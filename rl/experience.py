@@ -1,7 +1,7 @@
 """Rolled-out groups into the learner's batches: reward, reference, values, advantages.
 
-Where an advantage needs nothing but rewards it is known before the episodes are packed. A KL penalty
-in the reward and a critic need numbers for every token from the learner, and come after.
+Where an advantage needs nothing but rewards it is known before the episodes are packed. A KL
+penalty in the reward and a critic need numbers for every token from the learner, and come after.
 """
 
 from __future__ import annotations
