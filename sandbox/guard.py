@@ -57,7 +57,7 @@ def _broken(old: ast.Module, new: ast.Module) -> Iterator[str]:
     checks, kept = Counter(_checks(old)), Counter(_checks(new))
     gone = checks - kept
     # a check that was only rewritten leaves another of its kind in the same function
-    for (where, kind), count in gone.items():
+    for (_, kind), count in gone.items():
         if kind in ("raise", "assert") and count:
             yield "validation-deleted"
             break
