@@ -31,7 +31,8 @@ class Qwen3Config:
     The last fields choose how it runs, not what it computes: ``remat`` (what the backward pass
     recomputes), ``attention`` (which implementation), ``scan_layers`` (one compiled layer looped,
     or all layers unrolled: slower to compile, faster to run where layers are small). ``lora`` adds
-    adapters beside the matrices it names; then only they are trained.
+    adapters beside the matrices it names; then only they are trained. ``value_head`` adds a
+    critic's vector beside the vocabulary head; no checkpoint format outside this project knows it.
     """
 
     vocab_size: int
@@ -58,6 +59,7 @@ class Qwen3Config:
     attention: str = "xla"
     scan_layers: bool = True
     lora: Lora | None = None
+    value_head: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:

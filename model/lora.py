@@ -47,20 +47,23 @@ def is_adapter(name: str) -> bool:
 
 
 def split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trained, frozen) parameters: the adapters and the rest; without adapters all are trained."""
+    """(trained, frozen) parameters: the adapters, with a critic's head, and the rest; without
+    adapters all are trained."""
     layers = params["layers"]
     adapters = {name: value for name, value in layers.items() if is_adapter(name)}
     if not adapters:
         return params, {}
     rest = {name: value for name, value in layers.items() if name not in adapters}
-    return {"layers": adapters}, params | {"layers": rest}
+    head = {"value": params["value"]} if "value" in params else {}
+    frozen = {name: value for name, value in params.items() if name not in head}
+    return {"layers": adapters, **head}, frozen | {"layers": rest}
 
 
 def join(trained: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
     """The inverse of ``split``."""
     if not frozen:
         return trained
-    return frozen | {"layers": frozen["layers"] | trained["layers"]}
+    return frozen | trained | {"layers": frozen["layers"] | trained["layers"]}
 
 
 def add_adapters(params: dict[str, Any], lora: Lora | None, seed: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.attention import SAVED, attend, attend_cached
 from model.config import Qwen3Config
 from model.moe import Experts, mixture
-from model.parallel import TENSOR, WEIGHTS, exchange, gather, here, index, own, scatter_sum
+from model.parallel import TENSOR, WEIGHTS, count, exchange, gather, here, index, own, scatter_sum
 from model.rope import rope, rope_tables
 
 Params = dict[
@@ -205,6 +205,18 @@ class Qwen3(nnx.Module):
         self.norm = _param(config, rngs, (d,), ("embed",))
         if not config.tie_word_embeddings:
             self.lm_head = _param(config, rngs, (d, v), ("embed", "vocab"), d**-0.5)
+        if config.value_head:
+            self.value = _param(config, rngs, (d,), ("embed",), 0.0)
+
+    def values(self, hidden: jax.Array) -> jax.Array:
+        """A critic's value [..., float32] of each hidden state [..., D].
+
+        Each device of a tensor group computes it whole and takes an equal part of its derivative,
+        which is then summed over the group like that of the vocabulary head.
+        """
+        full = hidden.astype(jnp.float32) @ self.value[...].astype(jnp.float32)
+        fixed = jax.lax.stop_gradient(full)
+        return fixed + (full - fixed) / count(TENSOR)
 
     def head(self) -> jax.Array:
         """The output projection [D, V]: logits are ``hidden @ head()``."""

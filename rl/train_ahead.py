@@ -22,21 +22,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.errors import InputError, Preempted
+from configs.errors import InputError
 from model.config import Qwen3Config
 from model.hosts import host_count
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
 from rl.ahead import Ahead, Group, Publisher
+from rl.learning import Learning, RLConfig
 from rl.rollout import Episode
 from rl.train import (
-    RLConfig,
-    begin,
+    check_tasks,
     episode_metrics,
     episode_seed,
     episodes_of_step,
     keep_episodes,
-    learn,
+    stopped,
 )
 from sandbox.task import Task
 from sft.trajectory import Trajectory
@@ -68,8 +68,9 @@ async def train_ahead(
     """
     if host_count() > 1:
         raise InputError("rl.max_staleness above 0 wants a learner of one host: set it to 0")
-    learning = begin(config, model, params, tasks, run, mesh, temperature)
-    start = int(learning.state.step) // config.updates_per_step
+    check_tasks(tasks, config)
+    learning = Learning(config, model, params, run, seed=seed, temperature=temperature, mesh=mesh)
+    start = learning.version
 
     def episodes(number: int, tries: int) -> list[Coroutine[Any, Any, Trajectory]]:
         step, group = divmod(number, config.tasks_per_step)
@@ -96,22 +97,21 @@ async def train_ahead(
 
     publisher = Publisher(renew)
     try:
-        publisher.offer(await asyncio.to_thread(_copied, learning.state.params), start)
+        publisher.offer(await asyncio.to_thread(_copied, learning.policy), start)
         for step in range(start, config.steps):
             began = time.monotonic()
             groups = await unless_noticed(publisher.unless_failed(ahead.take(step)))
             if groups is None:
-                learning.checkpoints.save(step, learning.state._asdict(), score=None)
-                raise Preempted(f"RL has saved step {step} of {config.steps}")
+                raise stopped(learning)
             waited = time.monotonic() - began
             flat = [group.done for group in groups]
             values = episode_metrics(flat) | _staleness(groups, step)
             values |= {"stale/dropped": float(ahead.dropped), "stale/ready": float(ahead.ready)}
             keep_episodes(run, step + 1, [t for group in flat for t in group])
             by_number: dict[int, Sequence[Trajectory]] = dict(enumerate(flat))
-            values |= await asyncio.to_thread(learn, learning, by_number, config)
+            values |= await asyncio.to_thread(learning.learn, by_number)
             if step + 1 < config.steps:
-                publisher.offer(await asyncio.to_thread(_copied, learning.state.params), step + 1)
+                publisher.offer(await asyncio.to_thread(_copied, learning.policy), step + 1)
             wall = time.monotonic() - began
             values |= {
                 "time/rollout_s": waited,
@@ -121,18 +121,17 @@ async def train_ahead(
             }
             learning.metrics.write("rl", step + 1, values)
             stop = noticed_by_any() and step + 1 < config.steps
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stop:
-                score = values["rl/success"]
-                learning.checkpoints.save(step + 1, learning.state._asdict(), score=score)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                learning.keep(values)
             on_step(step + 1, config.steps, values)
             if stop:
-                raise Preempted(f"RL has saved step {step + 1} of {config.steps}")
+                raise stopped(learning)
     finally:
         await publisher.close()
         await ahead.close()
-        learning.checkpoints.close()
-    await publish(learning.state.params, config.steps)
-    return learning.state.params
+        learning.close()
+    await publish(learning.policy, config.steps)
+    return learning.policy
 
 
 def _copied(params: Params) -> Params:

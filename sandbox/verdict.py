@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Literal, Protocol
 
 from sandbox.base import SandboxBroken, SandboxError, SandboxPool, TestReport, Tree
+from sandbox.guard import inspect
 from sandbox.patch import FileChange, PatchError, apply_changes, parse_patch
 
 TRIES = 3  # where sandboxes break
@@ -68,6 +69,7 @@ async def judge(
     """
     began = time.monotonic()
     flags: list[str] = []
+    exploits: list[str] = []
     report: TestReport | None = None
     broken = False
     tree = await asyncio.to_thread(task.tree)
@@ -76,6 +78,9 @@ async def judge(
         allowed, flags = restrict(task, parse_patch(patch), tree.python_path)
         if allowed:
             changed = apply_changes(lambda path: present(tree, path), allowed)
+            found = {path: present(tree, path) for path in changed}
+            exploits = inspect(found, changed)
+            flags += exploits
             fixed = Tree(tree.root, {**tree.overlay, **changed}, tree.python_path)
             report = await _run(pool, fixed, tests, shuffle)
     except (PatchError, SandboxError):
@@ -87,8 +92,9 @@ async def judge(
     if report is not None and report.killed_by is not None:
         flags.append(f"killed:{report.killed_by}")
     passed = report is not None and report.passed(tests)
+    good: Literal["pass", "quarantine"] = "quarantine" if exploits else "pass"
     return Verdict(
-        verdict="error" if broken else "pass" if passed else "fail",
+        verdict="error" if broken else good if passed else "fail",
         fail_to_pass={test: outcomes.get(test, "missing") for test in task.fail_to_pass},
         pass_to_pass={test: outcomes.get(test, "missing") for test in task.pass_to_pass},
         flags=tuple(flags),

@@ -4,7 +4,7 @@ One compiled program, on any mesh: each device computes the gradients of its own
 parts of the matrices (``model/parallel.py``), a loop adds those of the microbatches, and what a
 parameter's replicas have found is summed once, at the end. The loss is a sum over tokens divided by
 their number in the *whole* batch, so that cutting it into other microbatches, or spreading it over
-other devices, changes nothing but rounding.
+other devices, changes nothing but rounding. A loss may name another divisor for the whole batch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from sft.packing import Rows
 
 BATCH = (*ROWS, CONTEXT)  # the mesh axes over which the targets of a batch are split
 
-# (logprob, entropy, rows) -> (loss summed over tokens, sums for the metrics)
-Loss = Callable[[jax.Array, jax.Array, Rows], tuple[jax.Array, dict[str, jax.Array]]]
+# (logprob, entropy, rows[, value]) -> (loss summed over tokens, sums for the metrics). The loss is
+# divided by the weight of all tokens, or by the sum "divisor" where there is one.
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ class Learner:
         self._specs = param_specs(config, sizes)
         self._longest = 1  # microbatches that the step was compiled for
 
-        def forward(params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
-            """One device's part: log-probability and entropy of every target slot."""
+        def forward(params: Params, rows: Rows) -> tuple[jax.Array, ...]:
+            """One device's part: log-probability and entropy of every target slot, and, where the
+            model has a critic's head, the value of the state before it."""
             model = bind(config, params)
             hidden, _ = model(rows.tokens, rows.positions, rows.segments)
             if rows.source is not None:
@@ -131,7 +133,8 @@ class Learner:
             logprob, entropy = token_logprobs(
                 flat, model.head(), rows.target.reshape(-1), temperature=temperature
             )
-            return logprob.reshape(rows.target.shape), entropy.reshape(rows.target.shape)
+            found = logprob.reshape(rows.target.shape), entropy.reshape(rows.target.shape)
+            return (*found, model.values(hidden)) if config.value_head else found
 
         def gradients(
             params: Params, rows: Rows, number: jax.Array
@@ -143,8 +146,9 @@ class Learner:
                 batch = jax.tree.map(lambda a: a[i], rows)
 
                 def objective(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-                    value, sums = loss(*forward(join(trained, frozen), batch), batch)
-                    return value, {"loss": value, **sums}
+                    logprob, entropy, *value = forward(join(trained, frozen), batch)
+                    found, sums = loss(logprob, entropy, batch, *value)
+                    return found, {"loss": found, **sums}
 
                 return jax.grad(objective, has_aux=True)(trained)
 
@@ -158,14 +162,18 @@ class Learner:
                 zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, 0))
                 grads, sums = jax.lax.fori_loop(0, number, add, zeros)
             tokens = total(rows.weight.sum(), BATCH)
-            scale = 1.0 / jnp.maximum(tokens, 1.0)
+            scale = each = 1.0 / jnp.maximum(tokens, 1.0)
+            if "divisor" in sums:
+                divisor = total(sums.pop("divisor"), BATCH)
+                scale = jnp.where(divisor > 0, 1.0 / jnp.where(divisor > 0, divisor, 1.0), 1.0)
 
             def whole(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
                 replicas = tuple(a for a in AXES if a not in jax.tree.leaves(tuple(spec)))
                 return total(grad, replicas) * scale
 
             grads = jax.tree.map(whole, grads, split(self._specs)[0])
-            return grads, {k: total(v, BATCH) * scale for k, v in sums.items()}
+            sums = {k: total(v, BATCH) for k, v in sums.items()}
+            return grads, {k: v * (scale if k == "loss" else each) for k, v in sums.items()}
 
         def step(
             state: TrainState, rows: Rows, number: jax.Array
@@ -187,7 +195,12 @@ class Learner:
 
         def logprobs(params: Params, rows: Rows) -> jax.Array:
             specs = _row_specs(rows)
-            return self._map(forward, (self._specs, specs), (specs.target,) * 2)(params, rows)[0]
+            outs = (specs.target,) * (3 if config.value_head else 2)
+            return self._map(forward, (self._specs, specs), outs)(params, rows)[0]
+
+        def values(params: Params, rows: Rows) -> jax.Array:
+            specs = _row_specs(rows)
+            return self._map(forward, (self._specs, specs), (specs.target,) * 3)(params, rows)[2]
 
         def init(params: Params) -> TrainState:
             params = jax.tree.map(jnp.copy, params)
@@ -196,6 +209,7 @@ class Learner:
         out = (self._layout(), None) if mesh is not None else None
         self._step = jax.jit(step, donate_argnums=0, out_shardings=out)
         self._logprobs = jax.jit(logprobs)
+        self._values = jax.jit(values)
         self._init = jax.jit(init, out_shardings=out and out[0])
 
     def init(self, params: Params) -> TrainState:
@@ -227,7 +241,13 @@ class Learner:
     def logprobs(self, params: Params, rows: Rows) -> np.ndarray:
         """Log-probabilities of the target slots, float32 [rows, targets], under `params` as
         `place_params` gives them."""
-        found = self._logprobs(params, self._put(rows))
+        return self._local(self._logprobs(params, self._put(rows)), rows)
+
+    def values(self, params: Params, rows: Rows) -> np.ndarray:
+        """The critic's value before each target slot, float32 [rows, targets], as `logprobs`."""
+        return self._local(self._values(params, self._put(rows)), rows)
+
+    def _local(self, found: jax.Array, rows: Rows) -> np.ndarray:
         if found.is_fully_addressable:
             return np.asarray(found)
         assert self._mesh is not None
@@ -292,8 +312,8 @@ def _row_specs(rows: Rows, ahead: int = 0) -> Rows:
     """How rows, behind ``ahead`` axes that are whole, lie on a mesh."""
     lead = (None,) * ahead
     token, target = PartitionSpec(*lead, ROWS, CONTEXT), PartitionSpec(*lead, ROWS)
-    per_target: list[Any] = [target] * 6 if rows.source is not None else [None, *[token] * 5]
-    return Rows(token, token, token, *per_target)
+    each = token if rows.source is None else target
+    return Rows(token, token, token, *(None if a is None else each for a in rows[3:]))
 
 
 def nll(logprob: jax.Array, entropy: jax.Array, rows: Rows) -> tuple[jax.Array, dict]:

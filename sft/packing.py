@@ -43,7 +43,8 @@ class Rows(NamedTuple):
     is the target behind token i, and targets = length.
     target: int32 [rows, targets]; weight, advantage: float32 [rows, targets]; unused slots have
     weight 0. old_logprob, ref_logprob: float32 [rows, targets], when sampled and under the
-    reference policy (0 where a run has none).
+    reference policy (0 where a run has none). returns, old_value: float32 [rows, targets] for a
+    critic, else None.
     """
 
     tokens: Any
@@ -55,6 +56,8 @@ class Rows(NamedTuple):
     advantage: Any
     old_logprob: Any
     ref_logprob: Any
+    returns: Any = None
+    old_value: Any = None
 
     def select(self, rows: slice | np.ndarray) -> Rows:
         """Some of the rows, of every array."""
@@ -122,8 +125,7 @@ def microbatches(rows: Rows, size: int) -> list[Rows]:
     """
     count = len(rows.tokens)
     short = -count % size if count else size
-    targets = 0 if rows.source is None else rows.target.shape[1]
-    padding = empty_rows(short, rows.tokens.shape[1], targets)
+    padding = jax.tree.map(lambda a: np.zeros((short, *a.shape[1:]), a.dtype), rows)
     whole = jax.tree.map(lambda *pair: np.concatenate(pair), rows, padding)
     return [whole.select(slice(start, start + size)) for start in range(0, count + short, size)]
 

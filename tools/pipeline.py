@@ -33,7 +33,8 @@ from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
 from rl.rollout import Episode, run_episodes, run_to_file
 from rl.serving import SGLangConfig, check_serving
-from rl.train import RLConfig, episode_seed
+from rl.learning import RLConfig
+from rl.train import episode_seed
 from sandbox.agent_tools import TOOLS
 from sandbox.backends import make_pool
 from sandbox.base import Limits

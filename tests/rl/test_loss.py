@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.advantage import group_advantages
-from rl.loss import LossConfig, grpo_loss
+from rl.loss import LossConfig, policy_loss
 
 CONFIGS = [
     LossConfig(),
@@ -57,7 +57,7 @@ def as_jax(x: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_equals_the_float64_derivation(config: LossConfig, seed: int) -> None:
     x = draw(seed)
-    value, _ = grpo_loss(**as_jax(x), config=config)
+    value, _, _ = policy_loss(**as_jax(x), config=config)
     assert float(value) == pytest.approx(reference(x, config), rel=1e-5, abs=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_gradient_by_finite_differences(config: LossConfig) -> None:
     arrays = as_jax(x)
 
     def value(logprob: jax.Array) -> jax.Array:
-        return grpo_loss(**{**arrays, "logprob": logprob}, config=config)[0]
+        return policy_loss(**{**arrays, "logprob": logprob}, config=config)[0]
 
     found = np.asarray(jax.grad(value)(arrays["logprob"]))
     for i in np.ndindex(found.shape):
@@ -84,7 +84,7 @@ def test_on_policy_gradient_is_reinforce() -> None:
     x = draw(3)
     x["logprob"] = x["old_logprob"]
     arrays = as_jax(x)
-    grad = jax.grad(lambda lp: grpo_loss(**{**arrays, "logprob": lp}, config=LossConfig())[0])(
+    grad = jax.grad(lambda lp: policy_loss(**{**arrays, "logprob": lp}, config=LossConfig())[0])(
         arrays["logprob"]
     )
     np.testing.assert_allclose(grad, -x["advantage"] * x["weight"], rtol=1e-5, atol=1e-6)
@@ -97,8 +97,8 @@ def test_unused_slots_are_inert_whatever_they_hold() -> None:
     for name in ("logprob", "old_logprob", "ref_logprob"):
         y[name][unused] = -80.0
     config = LossConfig(kl_coef=0.1)
-    first, _ = grpo_loss(**as_jax(x), config=config)
-    second, _ = grpo_loss(**as_jax(y), config=config)
+    first, _, _ = policy_loss(**as_jax(x), config=config)
+    second, _, _ = policy_loss(**as_jax(y), config=config)
     assert float(first) == float(second)
 
 

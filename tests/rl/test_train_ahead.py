@@ -16,7 +16,7 @@ from model.decode import Engine
 from model.qwen3 import Params, init
 from rl.inprocess import InProcessServer
 from rl.rollout import Episode
-from rl.train import RLConfig
+from rl.learning import RLConfig
 from rl.train_ahead import train_ahead
 from sft.learner import OptimizerConfig
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn, load

@@ -37,7 +37,8 @@ from rl.rollout import Episode
 from rl.serving import SGLangConfig, open_server
 from rl.sglang import SGLangServer
 from rl.snapshot import Snapshot, Snapshots, label_of
-from rl.train import RLConfig, train_rl
+from rl.learning import RLConfig
+from rl.train import train_rl
 from rl.train_ahead import train_ahead
 from sft.chat import Renderer
 from sft.learner import Learner, OptimizerConfig, nll

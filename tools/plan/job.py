@@ -13,7 +13,7 @@ from model.config import PRESETS, Qwen3Config
 from model.parallel import AXES, CONTEXT, FSDP, SLICE
 from model.sharding import MeshConfig, check_mesh
 from rl.loss import LossConfig
-from rl.train import RLConfig
+from rl.learning import RLConfig
 from sft.learner import OptimizerConfig
 from tools.pipeline import POLICIES, RunConfig
 from tools.plan.chips import Slice, parse
