@@ -185,7 +185,7 @@ class Engine:
 
     def warmup(self) -> None:
         """Compile the programs now rather than at the first step."""
-        self._cache = self._copy(self._cache, np.int32(0), np.int32(0))
+        self._copy_blocks(0, 0, 1)
         self._run_prefill([])
         self._run_decode([])
 
@@ -354,7 +354,17 @@ class Engine:
     def _run_copy(self, source: int, rows: Sequence[int]) -> None:
         for row in rows:
             if row != source:
-                self._cache = self._copy(self._cache, np.int32(source), np.int32(row))
+                self._copy_blocks(source, row, self._at(row).length)
+
+    def _copy_blocks(self, source: int, row: int, length: int) -> None:
+        """Those blocks of a row that hold its first ``length`` tokens."""
+        k, v = ([list(layer) for layer in side] for side in self._cache)
+        for block in range(-(-length // self._cache.block)):
+            layers = tuple((k[i][block], v[i][block]) for i in range(len(k)))
+            copied = self._copy(layers, np.int32(source), np.int32(row))
+            for i, (keys, values) in enumerate(copied):
+                k[i][block], v[i][block] = keys, values
+        self._cache = KVCache(tuple(map(tuple, k)), tuple(map(tuple, v)))
 
     def _run_decode(self, ready: Sequence[int]) -> list[Result]:
         n = self.slots
@@ -428,15 +438,13 @@ def _prefill(
     return written
 
 
-def _copy(cache: KVCache, source: jax.Array, row: jax.Array) -> KVCache:
-    """All that row ``source`` holds, in ``row`` as well."""
+def _copy(arrays: Any, source: jax.Array, row: jax.Array) -> Any:
+    """What each array [R, ...] has in row ``source``, in ``row`` as well."""
 
     def one(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(
-            x, jax.lax.dynamic_index_in_dim(x, source, keepdims=False), row, 0
-        )
+        return x.at[row].set(x[source])
 
-    return jax.tree.map(one, cache)
+    return jax.tree.map(one, arrays)
 
 
 def _decode(

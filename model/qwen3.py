@@ -52,9 +52,14 @@ class KVCache(NamedTuple):
     v: tuple[tuple[jax.Array, ...], ...]  # [layer][block] of [R, K, block, hd]
 
     @property
+    def block(self) -> int:
+        """Positions of a row in each block."""
+        return self.v[0][0].shape[2]
+
+    @property
     def length(self) -> int:
         """Positions a row can hold."""
-        return len(self.v[0]) * self.v[0][0].shape[2]
+        return len(self.v[0]) * self.block
 
 
 def empty_cache(config: Qwen3Config, rows: int, length: int, block: int = 128) -> KVCache:

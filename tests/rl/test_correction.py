@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.correction import correct
-from rl.loss import LossConfig, grpo_loss
+from rl.loss import LossConfig, policy_loss
 from sft.packing import Example, Rows, pack
 
 
@@ -40,7 +40,7 @@ def test_the_objective_is_weighted_by_truncated_ratios(
     current = np.zeros_like(scored)
     current[0, :n] = now
     zero = np.zeros_like(scored)
-    loss, _ = grpo_loss(
+    loss, _, _ = policy_loss(
         current, zero, fixed.weight, fixed.advantage, fixed.old_logprob, zero, LossConfig()
     )
     expected = 0.0

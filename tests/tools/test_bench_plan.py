@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from tools import cli
 from tools.bench import plan
+from tools.plan import cache
 from tools.plan.figures import Figures, Traffic
 
 VERSIONS = {"jax": "0", "libtpu": "0"}
@@ -43,8 +45,10 @@ def figures(temporaries: float, *sent: tuple[str, str, float]) -> Figures:
 def both(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = figures(1e9, ("all-gather", "fsdp", 2e9), ("all-gather", "fsdp", 1e9))
     theirs = figures(2e9, ("all-gather", "fsdp", 6e9), ("all-reduce", "tensor", 3e9))
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "")
     monkeypatch.setattr(plan, "_ours", lambda _: {"figures": ours, "versions": VERSIONS})
-    monkeypatch.setattr(plan, "_maxtext", lambda *_: {"figures": theirs, "versions": VERSIONS})
+    told = {"figures": theirs, "versions": VERSIONS, "library": "/theirs/libtpu.so"}
+    monkeypatch.setattr(plan, "_maxtext", lambda *_: told)
 
 
 def test_ratios(both: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +62,16 @@ def test_ratios(both: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["sent, all-reduce over tensor"] == 0
     assert cli.main(argv) == 0
     assert "all-reduce over tensor" in capsys.readouterr().out
+    assert os.environ["TPU_LIBRARY_PATH"] == "/theirs/libtpu.so"  # one compiler for both
+
+
+def test_the_version_is_that_of_the_compiler_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu-9.8.7.dist-info").mkdir()
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu" / "libtpu.so"))
+    assert cache.versions()["libtpu"] == "9.8.7"
 
 
 def test_the_same_job(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Neither is run: memory of a chip and bytes that it sends are read from the compiled programs. Same
 model, mesh, batch, sequence, float32 state and bfloat16 compute, everything recomputed but a
-layer's input.
+layer's input; and the same compiler, the libtpu that MaxText is installed with.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def main(argv: list[str]) -> int:
     """Compile both and print. 0 if both could be, else 1."""
     options = _parse(argv)
     python = _python(options)
-    rows = {OURS: _ours(options)}
     try:
-        rows[MAXTEXT] = _maxtext(python, options)
+        theirs = {MAXTEXT: _maxtext(python, options)}
+        os.environ["TPU_LIBRARY_PATH"] = theirs[MAXTEXT]["library"]
     except _Failed as error:
+        theirs = {}
         _say(f"maxtext could not be compiled: {error}")
+    rows = {OURS: _ours(options), **theirs}
     found = {
         "rows": _rows(rows),
         "ratio": "remend's over the row's",
@@ -86,11 +88,10 @@ def _python(options: argparse.Namespace) -> Path:
 
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:
-    from importlib import metadata
-
     from model.config import preset
     from model.sharding import MeshConfig
     from sft.learner import OptimizerConfig
+    from tools.plan.cache import versions
     from tools.plan.costs import compiled
     from tools.plan.job import Job
 
@@ -104,8 +105,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     mesh = MeshConfig(fsdp=options.fsdp, tensor=options.tensor, topology=options.topology)
     job = Job(model, mesh, options.rows, options.rows, options.tokens, 0, OptimizerConfig())
     step = compiled(job, _say).parts[0].figures
-    versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
-    return {"figures": step, "versions": versions}
+    return {"figures": step, "versions": {name: versions()[name] for name in ("jax", "libtpu")}}
 
 
 class _Failed(Exception):
@@ -147,6 +147,7 @@ def _maxtext(python: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "figures": figures(memory, analyse(text, place), place, on),
         "versions": found["versions"],
+        "library": found["library"],
     }
 
 
@@ -173,7 +174,7 @@ def _settings(options: argparse.Namespace, devices: int, slices: int, out: Path)
 
 
 def _run(python: Path, folder: Path, settings: list[str]) -> None:
-    # importing libtpu, as this process has, names its library to every child: MaxText has its own
+    # a library named here is not MaxText's: it has its own
     ours = ("PYTHONPATH", "PYTHONHOME", "TPU_LIBRARY_PATH")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     environment |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
@@ -58,6 +59,9 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = ""
+    other = os.environ.get("TPU_LIBRARY_PATH", "")  # in place of the installed one
+    for package in Path(other).parent.parent.glob("libtpu-*.dist-info") if other else ():
+        found["libtpu"] = package.name.removeprefix("libtpu-").removesuffix(".dist-info")
     return found
 
 

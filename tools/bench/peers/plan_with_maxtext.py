@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import libtpu
 import maxtext
 from maxtext.trainers.pre_train import train_compile
 
@@ -46,5 +47,6 @@ original, train_compile.jit_and_compile = train_compile.jit_and_compile, compile
 
 base = Path(maxtext.__file__).parent / "configs" / "base.yml"
 train_compile.main(["", str(base), *sys.argv[2:]])
+found["library"] = libtpu.get_library_path()
 found["versions"] = {name: metadata.version(name) for name in ("maxtext", "jax", "libtpu")}
 (folder / "found.json").write_text(json.dumps(found))
