@@ -1,4 +1,4 @@
-"""What an RL loop learns with: the policy's learner, its critic and reference, their checkpoints."""
+"""What an RL loop learns with: the policy's learner, its critic and reference, checkpoints."""
 
 from __future__ import annotations
 

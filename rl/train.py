@@ -9,11 +9,9 @@ update.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.errors import InputError, Preempted
-from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
 from model.hosts import agree, barrier, host_count, host_index
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
-from model.share import Share, share_of, spread
-from rl.advantage import group_advantages
-from rl.correction import correct
-from rl.credit import turn_credits
-from rl.loss import LossConfig, loss_of_rows
+from model.share import Share
+from rl.curriculum import Curriculum, outcomes
+from rl.learning import Learning, RLConfig
 from rl.rollout import Episode
 from sandbox.task import Task
-from sft.batches import even
-from sft.learner import Learner, OptimizerConfig, TrainState
-from sft.metrics import Metrics
-from sft.packing import Example, Rows, microbatches, pack
-from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, load, save
-
+from sft.trajectory import ENVIRONMENT, Trajectory, load, save
 
 Rollout = Callable[[Sequence[Episode]], Coroutine[Any, Any, list[Trajectory]]]
 Publish = Callable[[Params, int], Awaitable[None] | None]
@@ -99,15 +89,15 @@ async def train_rl(
             learning.keep(values)
         on_step(step + 1, config.steps, values)
         if stop:
-            raise stopped(learning)
+            raise stopped(learning, values)
     learning.close()
     await _published(publish, learning.policy, config.steps)
     return learning.policy
 
 
-def stopped(learning: Learning) -> Preempted:
-    """Save where learning is; what to raise then."""
-    learning.keep()
+def stopped(learning: Learning, values: dict[str, float] | None = None) -> Preempted:
+    """Save where learning is, with the metrics of its last step; what to raise then."""
+    learning.keep(values)
     learning.close()
     return Preempted(f"RL has saved step {learning.version} of {learning.config.steps}")
 
@@ -145,10 +135,12 @@ def episodes_of_step(
 ) -> list[list[Episode]]:
     """The step's groups: of the chosen tasks, or tasks in a new order each pass through the set."""
     if chosen is None:
-        laps = [divmod(step * config.tasks_per_step + i, len(tasks)) for i in range(config.tasks_per_step)]
-        chosen = [
-            tasks[np.random.default_rng([seed, lap]).permutation(len(tasks))[at]] for lap, at in laps
-        ]
+        first = step * config.tasks_per_step
+        laps = [divmod(first + i, len(tasks)) for i in range(config.tasks_per_step)]
+        orders = {
+            lap: np.random.default_rng([seed, lap]).permutation(len(tasks)) for lap, _ in laps
+        }
+        chosen = [tasks[orders[lap][at]] for lap, at in laps]
     return [
         [
             Episode(task, episode_seed(seed, step, group, member))

@@ -125,7 +125,7 @@ async def train_ahead(
                 learning.keep(values)
             on_step(step + 1, config.steps, values)
             if stop:
-                raise stopped(learning)
+                raise stopped(learning, values)
     finally:
         await publisher.close()
         await ahead.close()

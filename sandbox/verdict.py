@@ -59,9 +59,7 @@ class Verdict:
     environment: str = ""
 
 
-async def judge(
-    task: Judged, patch: str, pool: SandboxPool, shuffle: int | None = None
-) -> Verdict:
+async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None = None) -> Verdict:
     """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once, in
     file order or shuffled by a seed.
 

@@ -31,9 +31,9 @@ from model.sharding import MeshConfig, make_mesh, param_shardings, simulate_devi
 from model.share import whole
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
+from rl.learning import RLConfig
 from rl.rollout import Episode, run_episodes, run_to_file
 from rl.serving import SGLangConfig, check_serving
-from rl.learning import RLConfig
 from rl.train import episode_seed
 from sandbox.agent_tools import TOOLS
 from sandbox.backends import make_pool

@@ -19,8 +19,8 @@ from model.decode import Engine
 from model.qwen3 import Params, init
 from rl.experience import AdvantageConfig, CriticConfig
 from rl.inprocess import InProcessServer
-from rl.rollout import Episode
 from rl.learning import RLConfig
+from rl.rollout import Episode
 from rl.train import train_rl
 from sft.learner import OptimizerConfig
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn, load

@@ -15,8 +15,8 @@ from model.config import Qwen3Config
 from model.decode import Engine
 from model.qwen3 import Params, init
 from rl.inprocess import InProcessServer
-from rl.rollout import Episode
 from rl.learning import RLConfig
+from rl.rollout import Episode
 from rl.train_ahead import train_ahead
 from sft.learner import OptimizerConfig
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn, load

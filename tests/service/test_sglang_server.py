@@ -31,13 +31,13 @@ from rl.engines import SGLang
 from rl.fleet import Fleet, Mismatch, Patience
 from rl.inprocess import InProcessServer
 from rl.launch import free_port, router_command
+from rl.learning import RLConfig
 from rl.probe import Prober
 from rl.replica import Replica
 from rl.rollout import Episode
 from rl.serving import SGLangConfig, open_server
 from rl.sglang import SGLangServer
 from rl.snapshot import Snapshot, Snapshots, label_of
-from rl.learning import RLConfig
 from rl.train import train_rl
 from rl.train_ahead import train_ahead
 from sft.chat import Renderer

@@ -12,8 +12,8 @@ from configs.schema import load
 from model.config import PRESETS, Qwen3Config
 from model.parallel import AXES, CONTEXT, FSDP, SLICE
 from model.sharding import MeshConfig, check_mesh
-from rl.loss import LossConfig
 from rl.learning import RLConfig
+from rl.loss import LossConfig
 from sft.learner import OptimizerConfig
 from tools.pipeline import POLICIES, RunConfig
 from tools.plan.chips import Slice, parse
