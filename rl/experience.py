@@ -144,7 +144,7 @@ def prepare(
             weight = [float(a == POLICY) for a in t.author]
             advantage = [outcome + (turns[n] if n >= 0 else 0.0) for n in t.turn_of_ids()]
             data.append(Example(t.ids, weight, t.logprobs, advantage))
-    plan = plan_rows(data, shape.tokens, shape.targets)
+    plan = plan_rows([example.size for example in data], shape.tokens, shape.targets)
     size = share.rows(shape.rows)
     batches = microbatches(build(data, plan, shape.tokens, shape.targets), size)
     batches = even(batches, max(agree(len(batches))))

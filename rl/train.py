@@ -65,7 +65,9 @@ async def train_rl(
     for step in range(learning.version, config.steps):
         began = time.monotonic()
         await _published(publish, learning.policy, step)
-        chosen = curriculum and curriculum.choose(config.tasks_per_step, (seed, step))
+        chosen = None
+        if curriculum is not None:
+            chosen = curriculum.choose(config.tasks_per_step, (seed, step))
         episodes = episodes_of_step(tasks, config, seed, step, chosen)
         own = _groups_of(host_index(), config)
         done = await unless_noticed(rollout([e for group in own for e in episodes[group]]))

@@ -60,8 +60,8 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = ""
     other = os.environ.get("TPU_LIBRARY_PATH", "")  # in place of the installed one
-    for package in Path(other).parent.parent.glob("libtpu-*.dist-info") if other else ():
-        found["libtpu"] = package.name.removeprefix("libtpu-").removesuffix(".dist-info")
+    for about in Path(other).parent.parent.glob("libtpu-*.dist-info") if other else ():
+        found["libtpu"] = about.name.removeprefix("libtpu-").removesuffix(".dist-info")
     return found
 
 
