@@ -13,12 +13,13 @@ from sft.trajectory import Trajectory
 class Curriculum:
     """Success counts by task, and draws weighted by them.
 
-    With p = (s + 1) / (n + 2) after s successes in n episodes, a task weighs p·(1 - p) + floor:
+    With p = (s + 1/4) / (n + 1/2) after s successes in n episodes, a task weighs p·(1 - p) + floor:
     the variance of its reward, and so the size of a group's advantages (Florensa et al. 2018, arXiv
-    1705.06366: tasks of intermediate difficulty). A task not yet tried weighs most.
+    1705.06366: tasks of intermediate difficulty). A task not yet tried weighs most; one that a
+    group of eight always solved, or never, an eighth of that.
     """
 
-    def __init__(self, tasks: Sequence[Task], floor: float = 0.02) -> None:
+    def __init__(self, tasks: Sequence[Task], floor: float = 0.005) -> None:
         self._tasks, self._floor = tasks, floor
         self._counts = {task.name: (0, 0) for task in tasks}
 
@@ -32,7 +33,7 @@ class Curriculum:
     def weights(self) -> np.ndarray:
         """float64 [tasks]."""
         counts = np.array([self._counts[task.name] for task in self._tasks], np.float64)
-        p = (counts[:, 0] + 1) / (counts[:, 1] + 2)
+        p = (counts[:, 0] + 0.25) / (counts[:, 1] + 0.5)
         return p * (1 - p) + self._floor
 
     def choose(self, number: int, seed: Sequence[int]) -> list[Task]:

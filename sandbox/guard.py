@@ -10,8 +10,10 @@ changed at all (`sandbox.verdict.restrict`).
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 _CLOCKS = {"time", "datetime", "random", "secrets", "uuid"}
 _RUNNERS = {"pytest", "_pytest", "unittest", "doctest", "nose", "pluggy"}
@@ -32,36 +34,42 @@ def inspect(before: Mapping[str, bytes | None], after: Mapping[str, bytes | None
     """
     flags: dict[str, None] = {}
     for path in sorted(after):
-        if not path.endswith(".py"):
-            continue
-        new = _parsed(after[path])
-        if new is None and after[path] is not None:
-            continue  # does not even compile: the tests will say so
-        old = _parsed(before.get(path))
-        for rule in _broken(old or ast.Module([], []), new or ast.Module([], [])):
+        new = _read(after[path])
+        if not path.endswith(".py") or new is None:
+            continue  # what does not even compile, the tests will speak of
+        for rule in _broken(_read(before.get(path)) or _NOTHING, new):
             flags[f"guard:{rule}:{path}"] = None
     return list(flags)
 
 
-def _parsed(data: bytes | None) -> ast.Module | None:
+class _File(NamedTuple):
+    """What the rules compare."""
+
+    signs: Counter[str]
+    checks: Counter[tuple[str, str]]
+    guards: dict[str, list[ast.expr]]
+
+
+_NOTHING = _File(Counter(), Counter(), {})
+
+
+@functools.lru_cache(maxsize=512)
+def _read(data: bytes | None) -> _File | None:
+    """Of one file; None if it does not compile. The episodes of a group change the same ones."""
     try:
-        return None if data is None else ast.parse(data)
+        tree = ast.parse(data or b"")
     except (SyntaxError, ValueError, RecursionError):
         return None
+    return _File(Counter(_signs(tree)), Counter(_checks(tree)), _guards(tree))
 
 
-def _broken(old: ast.Module, new: ast.Module) -> Iterator[str]:
+def _broken(old: _File, new: _File) -> Iterator[str]:
     """The rules that `new` breaks more often than `old` did."""
-    found, had = Counter(_signs(new)), Counter(_signs(old))
-    yield from sorted(rule for rule in found if found[rule] > had[rule])
-    checks, kept = Counter(_checks(old)), Counter(_checks(new))
-    gone = checks - kept
+    yield from sorted(rule for rule in new.signs if new.signs[rule] > old.signs[rule])
     # a check that was only rewritten leaves another of its kind in the same function
-    for (_, kind), count in gone.items():
-        if kind in ("raise", "assert") and count:
-            yield "validation-deleted"
-            break
-    if _weakened(old, new):
+    if old.checks - new.checks:
+        yield "validation-deleted"
+    if _weakened(old.guards, new.guards):
         yield "validation-weakened"
 
 
@@ -101,9 +109,8 @@ def _guards(tree: ast.Module) -> dict[str, list[ast.expr]]:
     return found
 
 
-def _weakened(old: ast.Module, new: ast.Module) -> bool:
+def _weakened(before: dict[str, list[ast.expr]], after: dict[str, list[ast.expr]]) -> bool:
     """Whether a condition to raise became constant, or one that was can only hold less often."""
-    before, after = _guards(old), _guards(new)
     for name, tests in after.items():
         was = [ast.dump(t) for t in before.get(name, [])]
         for test in tests:

@@ -76,11 +76,12 @@ async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None
         allowed, flags = restrict(task, parse_patch(patch), tree.python_path)
         if allowed:
             changed = apply_changes(lambda path: present(tree, path), allowed)
-            found = {path: present(tree, path) for path in changed}
-            exploits = inspect(found, changed)
-            flags += exploits
             fixed = Tree(tree.root, {**tree.overlay, **changed}, tree.python_path)
             report = await _run(pool, fixed, tests, shuffle)
+            if report.passed(tests):
+                found = {path: present(tree, path) for path in changed}
+                exploits = await asyncio.to_thread(inspect, found, changed)
+                flags += exploits
     except (PatchError, SandboxError):
         flags.append(DOES_NOT_APPLY)
     except SandboxBroken as error:

@@ -17,7 +17,6 @@ from configs.errors import InputError
 from model.config import Qwen3Config
 from model.decode import Engine
 from model.qwen3 import Params, init
-from rl.experience import AdvantageConfig, CriticConfig
 from rl.inprocess import InProcessServer
 from rl.learning import RLConfig
 from rl.rollout import Episode
@@ -137,30 +136,3 @@ def test_too_few_tasks_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="wants 9 tasks, there are 5"):
         train(tmp_path, config=replace(CONFIG, tasks_per_step=9))
-
-
-PPO = dict(
-    advantage=AdvantageConfig(kind="gae", whiten=True),
-    epochs=2,
-    updates_per_step=2,
-)
-OWN = CriticConfig("own", OptimizerConfig(learning_rate=1e-2, warmup_steps=1, final_fraction=1.0))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ppo_learns_the_same_from_the_same_start(tmp_path: Path, seed: int) -> None:
-    train(tmp_path, seed, config=replace(CONFIG, critic=OWN, **PPO))
-    success = [step["rl/success"] for step in steps_of(tmp_path)]
-    assert success[0] < 0.55
-    assert np.mean(success[-2:]) > 0.85
-
-
-def test_ppo_with_a_shared_network_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=4, curriculum=True, critic=CriticConfig("shared"), **PPO)
-    whole = train(tmp_path / "whole", config=config)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", die_after=3, config=config)
-    resumed = train(tmp_path / "cut", config=config)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
