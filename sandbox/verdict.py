@@ -80,7 +80,8 @@ async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None
             report = await _run(pool, fixed, tests, shuffle)
             if report.passed(tests):
                 found = {path: present(tree, path) for path in changed}
-                exploits = await asyncio.to_thread(inspect, found, changed)
+                # not in a thread: there, Python 3.11 may fail to parse (CPython issue 106905)
+                exploits = inspect(found, changed)
                 flags += exploits
     except (PatchError, SandboxError):
         flags.append(DOES_NOT_APPLY)
