@@ -80,7 +80,7 @@ async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None
             report = await _run(pool, fixed, tests, shuffle)
             if report.passed(tests):
                 found = {path: present(tree, path) for path in changed}
-                # not in a thread: there, Python 3.11 may fail to parse (CPython issue 106905)
+                # not in a thread: Python 3.11 fails where two parse at the same time
                 exploits = inspect(found, changed)
                 flags += exploits
     except (PatchError, SandboxError):
