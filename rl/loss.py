@@ -1,10 +1,9 @@
 """The policy-gradient losses and the value loss, as pure functions of arrays.
 
-Notation: π the policy being trained, π_old the one at the start of the update, μ the one that
-sampled (the server's numbers; π_old = μ unless ``rl/correction.py`` tells them apart), π_ref the
-reference, A the
-advantage, ρ_t = π(y_t) / π_old(y_t), |y| the policy tokens of a sequence. All sums are over policy
-tokens; ``LossConfig.aggregate`` says how they become one number.
+Notation: π the policy being trained, π_old the one at the start of the update (the server's
+numbers, unless ``rl/correction.py`` tells the two apart), π_ref the reference, A the advantage,
+ρ_t = π(y_t) / π_old(y_t), |y| the policy tokens of a sequence. All sums are over policy tokens;
+``LossConfig.aggregate`` says how they become one number.
 """
 
 from __future__ import annotations
