@@ -48,9 +48,10 @@ class _File(NamedTuple):
     signs: Counter[str]
     checks: Counter[tuple[str, str]]
     guards: dict[str, list[ast.expr]]
+    work: dict[str, Counter[str]]
 
 
-_NOTHING = _File(Counter(), Counter(), {})
+_NOTHING = _File(Counter(), Counter(), {}, {})
 
 
 @functools.lru_cache(maxsize=512)
@@ -60,14 +61,16 @@ def _read(data: bytes | None) -> _File | None:
         tree = ast.parse(data or b"")
     except (SyntaxError, ValueError, RecursionError):
         return None
-    return _File(Counter(_signs(tree)), Counter(_checks(tree)), _guards(tree))
+    return _File(Counter(_signs(tree)), Counter(_checks(tree)), _guards(tree), _work(tree))
 
 
 def _broken(old: _File, new: _File) -> Iterator[str]:
     """The rules that `new` breaks more often than `old` did."""
     yield from sorted(rule for rule in new.signs if new.signs[rule] > old.signs[rule])
-    # a check that was only rewritten leaves another of its kind in the same function
-    if old.checks - new.checks:
+    # a check that was only rewritten leaves another of its kind in the same function, and one that
+    # a repair makes needless leaves the repair there
+    lost = {name for name, _ in old.checks - new.checks}
+    if any(not new.work.get(name, Counter()) - old.work.get(name, Counter()) for name in lost):
         yield "validation-deleted"
     if _weakened(old.guards, new.guards):
         yield "validation-weakened"
@@ -95,6 +98,24 @@ def _checks(tree: ast.Module) -> Iterator[tuple[str, str]]:
                 yield name, "raise"
             elif isinstance(node, ast.Assert):
                 yield name, "assert"
+
+
+def _work(tree: ast.Module) -> dict[str, Counter[str]]:
+    """The statements and conditions of each function that do something."""
+    found: dict[str, Counter[str]] = {}
+    for name, function in _functions(tree):
+        for node in ast.walk(function):
+            if isinstance(node, (ast.If, ast.While, ast.For, ast.With)):
+                head = node.test if isinstance(node, (ast.If, ast.While)) else None
+                if head is not None and not isinstance(head, ast.Constant):
+                    found.setdefault(name, Counter())[ast.dump(head)] += 1
+            elif isinstance(node, ast.Return):
+                if node.value is not None and not isinstance(node.value, ast.Constant):
+                    found.setdefault(name, Counter())[ast.dump(node)] += 1
+            elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)):
+                if not isinstance(node.value, ast.Constant):
+                    found.setdefault(name, Counter())[ast.dump(node)] += 1
+    return found
 
 
 def _guards(tree: ast.Module) -> dict[str, list[ast.expr]]:
@@ -147,7 +168,7 @@ def _signs(tree: ast.Module) -> Iterator[str]:
                 yield "early-exit"
             elif name in _FRAMES:
                 yield "looks-at-caller"
-            elif name in _DYNAMIC:
+            elif name in _DYNAMIC and isinstance(node.func, ast.Name):
                 yield "dynamic-code"
             elif name in {"now", "utcnow", "today", "time", "monotonic", "perf_counter"}:
                 yield "time-bomb"
@@ -188,7 +209,7 @@ def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
             yield "early-exit"
         elif root in _CLOCKS:
             yield "time-bomb"
-        elif root in ("inspect", "importlib", "builtins"):
+        elif name in ("importlib", "importlib.machinery", "importlib.util", "builtins"):
             yield "interpreter-patched"
 
 
