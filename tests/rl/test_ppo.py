@@ -22,7 +22,10 @@ PPO = dict(
 OWN = CriticConfig("own", OptimizerConfig(learning_rate=1e-2, warmup_steps=1, final_fraction=1.0))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+LATER = pytest.mark.service  # they take their time
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=LATER), pytest.param(2, marks=LATER)])
 def test_ppo_learns_the_same_from_the_same_start(tmp_path: Path, seed: int) -> None:
     train(tmp_path, seed, config=replace(CONFIG, critic=OWN, **PPO))
     success = [step["rl/success"] for step in steps_of(tmp_path)]

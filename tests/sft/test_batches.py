@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from configs.errors import InputError
 from model.share import Share
 from sft.batches import even, share_of_batch
-from sft.packing import Example, microbatches, pack, plan_rows
+from sft.packing import Example, Rows, microbatches, pack, plan_rows
 
 LENGTH = 48
 
@@ -21,8 +22,8 @@ def examples(count: int, seed: int = 0) -> list[Example]:
     ]
 
 
-def stack(parts: list) -> list[np.ndarray]:
-    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+def stack(parts: list[Rows]) -> Rows:
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 8, 11])
@@ -41,7 +42,7 @@ def test_the_shares_of_a_batch_are_the_batch(rows: int, parts: int) -> None:
     assert {len(share) for share in shares} == {len(want)}
     for i, batch in enumerate(want):
         found = stack([share[i] for share in shares])
-        for a, b in zip(found, batch, strict=True):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(batch), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
