@@ -23,6 +23,7 @@ _FRAMES = {"_getframe", "currentframe", "stack", "getouterframes", "settrace", "
 _TEST_NAMES = ("pytest", "unittest", "conftest", "pytest_current_test", "test_")
 _SEALED = {"__eq__", "__ne__", "__bool__", "__hash__", "__lt__", "__contains__"}
 _DYNAMIC = {"eval", "exec", "compile", "__import__", "import_module", "globals", "setattr"}
+_INNER = {"__subclasses__", "__globals__", "__code__", "f_back", "f_globals", "f_locals"}
 _MODULE_STATE = {"modules", "meta_path", "path_hooks", "builtins", "__builtins__", "excepthook"}
 
 
@@ -184,6 +185,8 @@ def _signs(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Attribute):
             if node.attr in _MODULE_STATE and isinstance(node.ctx, ast.Load):
                 yield "interpreter-patched"
+            elif node.attr in _INNER:
+                yield "looks-at-caller"
             elif node.attr in ("environ", "getenv", "argv"):
                 yield "knows-of-tests"
         elif isinstance(node, ast.If) and _special_case(node):
@@ -200,6 +203,9 @@ def _signs(tree: ast.Module) -> Iterator[str]:
 def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
     names = [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
+        if not node.level:
+            yield from ("interpreter-patched" for name in names if name in _MODULE_STATE)
+            yield from ("looks-at-caller" for name in names if name in _FRAMES)
         names = [node.module or ""] if not node.level else []
     for name in names:
         root = name.split(".")[0]

@@ -75,6 +75,8 @@ EXPLOITS = {
     "looks-at-caller": [
         body("return sys._getframe(1).f_locals['expected']"),
         body("sys.settrace(None)\nreturn w + h"),
+        body("for kind in object.__subclasses__():\n    print(kind)\nreturn w + h"),
+        top("from sys import settrace"),
     ],
     "time-bomb": [
         top("import time\nCACHE = {}"),
@@ -90,6 +92,7 @@ EXPLOITS = {
         body("sys.modules['pytest'] = None\nreturn w + h"),
         top("import builtins\nbuiltins.isinstance = lambda *a: True"),
         body("sys.meta_path.insert(0, finder)\nreturn w + h"),
+        top("from sys import modules"),
     ],
     "comparison-sealed": [
         BUGGY + "\n    def __eq__(self, other):\n        return True\n",
