@@ -30,6 +30,7 @@ from sandbox.isolation import FLAGS, HOME_INSIDE, environment_inside, interprete
 DEFAULT_SOCKET = "/var/run/docker.sock"
 LABEL, OWNER, POOL = "remend.sandbox", "remend.owner", "remend.pool"
 RUNNER_MIB = 128  # for the runner itself, beside what it runs
+MARGIN_MIB = 16  # what the workspace holds beyond its limit, so that this is seen to be broken
 PER_CPU = 32  # sandboxes that share one: they wait for a policy most of the time
 CALL_S = 20.0
 BUILD_S = 900.0
@@ -111,7 +112,7 @@ class Engine:
             self._client = docker.DockerClient(self._base_url(), tls=self._tls(), timeout=CALL_S)
             facts = self._client.info()
             self._have_image()
-            by_memory = facts["MemTotal"] * 9 // 10 // (self.limits.memory_mib << 20)
+            by_memory = facts["MemTotal"] * 9 // 10 // (self.limits.memory_mib * 5 // 4 << 20)
             fits = max(1, min(by_memory, facts["NCPU"] * PER_CPU, image.UIDS))
             self.capacity = min(self.host.slots, fits) if self.host.slots else fits
             self._cpus = min(self.container.cpus, facts["NCPU"])
@@ -208,10 +209,11 @@ class Engine:
             api, limits = self._client.api, self.limits
             uid = self._uids[self._next % len(self._uids)]
             self._next += 1
-            memory = (limits.memory_mib + RUNNER_MIB) << 20
+            # all its file systems full, memory is left for the runner
+            spare = limits.memory_mib // 4
+            memory = (limits.memory_mib + spare + RUNNER_MIB) << 20
             own = f"uid={uid},gid={uid}"
-            # no less than memory, so that it is this limit that is seen to be broken
-            room = f"size={limits.memory_mib + RUNNER_MIB}m"
+            room = f"size={limits.memory_mib + MARGIN_MIB}m"
             config = api.create_host_config(
                 network_mode="none",
                 cap_drop=["ALL"],
@@ -219,9 +221,9 @@ class Engine:
                 read_only=True,
                 tmpfs={
                     "/work": f"rw,exec,nosuid,nodev,{room},{own},mode=0755",
-                    "/tmp": f"rw,exec,nosuid,nodev,size={limits.memory_mib // 2}m,{own},mode=1777",
+                    "/tmp": f"rw,exec,nosuid,nodev,size={spare}m,{own},mode=1777",
                 },
-                shm_size=64 << 20,
+                shm_size=MARGIN_MIB << 20,
                 mem_limit=memory,
                 memswap_limit=memory,
                 nano_cpus=int(self._cpus * 1e9),

@@ -327,6 +327,8 @@ class Runner:
             killed_by = "output"
         if killed_by is None and code and peak > 0.9 * self._memory:
             killed_by = "memory"
+        if killed_by is None and code:  # it may have been quicker than our look
+            killed_by = self._over_limit(disk_before)
         return {"exit_code": code, "killed_by": killed_by, "seconds": time.monotonic() - began}
 
     def _enter_child(self, wall_s: float, processes_limit: int) -> None:
