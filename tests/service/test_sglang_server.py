@@ -227,13 +227,14 @@ def test_a_turn_that_is_under_way_goes_on_with_new_weights(world: World) -> None
         server = world.client(world.urls, update="in_place")
         try:
             await server.publish(world.first, world.prober(world.params, 0))
+            params = perturbed(world.params, 9)
+            snapshot, probe = world.snapshots.write(params, 1), world.prober(params, 1)
             going = [
-                asyncio.create_task(talk(world, server, seed, thinking=False, turns=1, max_new=200))
+                asyncio.create_task(talk(world, server, seed, thinking=False, turns=1, max_new=400))
                 for seed in range(3)
             ]
-            await asyncio.sleep(1.0)
-            params = perturbed(world.params, 9)
-            await server.publish(world.snapshots.write(params, 1), world.prober(params, 1))
+            await asyncio.sleep(0.1)  # they are under way, and far from their end
+            await server.publish(snapshot, probe)
             found = [reply for task in going for _, reply in await task]
             assert {v for reply in found for v in reply.versions} == {0, 1}
             for reply in found:
@@ -393,7 +394,9 @@ def test_two_servers_behind_the_router(world: World) -> None:
                 params = perturbed(world.params, 20 + version)
                 snapshot = world.snapshots.write(params, version)
                 await server.publish(snapshot, world.prober(params, version))
-                assert len(server.fleet.serving()) == 2
+                async with asyncio.timeout(30):  # it returns when the first serves
+                    while len(server.fleet.serving()) < 2:
+                        await asyncio.sleep(0.05)
                 talks = [talk(world, server, s, thinking=False) for s in range(6)]
                 for said in await asyncio.gather(*talks):
                     assert all(set(reply.versions) == {version} for _, reply in said)
