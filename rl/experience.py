@@ -18,7 +18,7 @@ from model.share import Share
 from rl.advantage import gae, group_advantages, overlong_penalty, rloo_advantages
 from rl.correction import correct
 from rl.credit import turn_credits
-from rl.loss import LossConfig
+from rl.loss import KL, LossConfig
 from sft.batches import even
 from sft.learner import OptimizerConfig
 from sft.packing import Example, Plan, Rows, build, microbatches, plan_rows
@@ -184,7 +184,7 @@ def _advantages_by_token(
             steps = np.zeros(len(at))
             if shaped:
                 ours, theirs = rows.old_logprob[row, at], rows.ref_logprob[row, at]
-                steps -= loss.kl_coef * kl_in_reward(ours, theirs, loss.kl_estimator)
+                steps -= loss.kl_coef * np.asarray(KL[loss.kl_estimator](ours, theirs))
             if len(at):
                 steps[-1] += reward
             by_token.append(steps)
@@ -202,12 +202,6 @@ def _advantages_by_token(
         for example, old, new in zip(group, before, after, strict=True):
             rows, row, at = slots[example]
             rows.advantage[row, at] += new - old
-
-
-def kl_in_reward(logprob: np.ndarray, other: np.ndarray, estimator: str) -> np.ndarray:
-    """The estimate `rl.loss.KL[estimator]` of sampled tokens, float64."""
-    d = logprob.astype(np.float64) - other
-    return {"k1": d, "k2": 0.5 * d**2, "k3": np.expm1(-d) + d}[estimator]
 
 
 def slots_of(batches: Sequence[Rows], plan: Plan) -> Iterator[tuple[int, Rows, int, np.ndarray]]:

@@ -145,8 +145,8 @@ def policy_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The objective negated, as a sum; what to divide it by; and sums over tokens for the metrics.
 
-    Per token: -surrogate + kl_coef·KL - entropy_coef·entropy. The divisor
-    belongs to the whole batch, so the caller sums both over microbatches and devices first.
+    Per token: -surrogate + kl_coef·KL - entropy_coef·entropy. The divisor belongs to the whole
+    batch, so the caller sums both over microbatches and devices first.
 
     Args:
       logprob, entropy: float32 [rows, targets], of the policy being trained.
@@ -210,7 +210,8 @@ def value_loss(
 
 
 def loss_of_rows(config: LossConfig) -> Loss:
-    """``policy_loss`` as the learner calls it; with ``value_loss`` where the policy has values."""
+    """``policy_loss`` as the learner calls it; with ``value_loss`` where the policy has values, for
+    which the mean must be over tokens (`rl.learning.RLConfig`)."""
 
     def loss(
         logprob: jax.Array, entropy: jax.Array, rows: Rows, value: jax.Array | None = None
@@ -232,8 +233,6 @@ def loss_of_rows(config: LossConfig) -> Loss:
                 value, rows.weight, rows.returns, rows.old_value, config.value_clip
             )
             sums |= more
-            if config.aggregate != "token":  # values are always a mean over tokens
-                raise InputError("rl: a critic that shares the network wants aggregate: token")
             found += config.value_coef * extra
         return found, sums if config.aggregate == "token" else sums | {"divisor": divisor}
 

@@ -98,7 +98,7 @@ async def train_rl(
 
 
 def stopped(learning: Learning, values: dict[str, float] | None = None) -> Preempted:
-    """Save where learning is, with the metrics of its last step; what to raise then."""
+    """Save where learning is, with the metrics of its last step, and close it; what to raise."""
     learning.keep(values)
     learning.close()
     return Preempted(f"RL has saved step {learning.version} of {learning.config.steps}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.errors import Preempted
 from model.config import Qwen3Config
 from model.decode import Engine
 from model.qwen3 import Params, init
@@ -119,3 +120,15 @@ def test_a_failed_publication_ends_the_run_and_it_resumes(tmp_path: Path) -> Non
         train(tmp_path, config, die_at=2)
     assert train(tmp_path, config)[-1] == config.steps
     assert [s["step"] for s in steps_of(tmp_path)] == list(range(1, config.steps + 1))
+
+
+def test_a_notice_saves_the_last_step_and_the_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, steps=4, checkpoint_every=10)
+    asked = iter([False, True])
+    monkeypatch.setattr("rl.train_ahead.noticed_by_any", lambda: next(asked, False))
+    with pytest.raises(Preempted, match="has saved step 2 of 4"):
+        train(tmp_path, config)
+    assert train(tmp_path, config)[0] == 2
+    assert [s["step"] for s in steps_of(tmp_path)] == [1, 2, 3, 4]
