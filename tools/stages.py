@@ -70,12 +70,13 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
     stage = args.policy if verb == "eval" else verb
     serves = config.server.kind == "inprocess" if verb == "rl" else verb == "eval"
     serves = serves and stage not in ("noop", "teacher")
+    given = verb == "eval" and stage not in ("noop", "teacher", "sft", "rl")
+    other = load_hf(Path(stage)).params if given else None  # refused before anything is written
     async with Pipeline(config, args.out, args.seed, rl=stage == "rl", serves=serves) as pipeline:
         if verb == "eval" and args.policy in ("noop", "teacher"):
             return success(await pipeline.evaluate(args.policy))
-        if verb == "eval" and args.policy not in ("sft", "rl"):
-            folder = Path(args.policy)
-            return success(await pipeline.evaluate(folder.name, load_hf(folder).params))
+        if other is not None:
+            return success(await pipeline.evaluate(Path(args.policy).name, other))
         taught = await pipeline.teach()
         if verb == "teach":
             kept = sum(t.success for t in taught)

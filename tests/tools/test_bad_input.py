@@ -61,6 +61,15 @@ def test_a_truncated_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert not run.exists()
 
 
+def test_a_policy_to_evaluate_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    line = refused(capsys, "eval", str(CONFIG), "--policy", "nowhere/at/all", "--out", str(run))
+    assert "nowhere/at/all" in line
+    assert not run.exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
