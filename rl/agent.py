@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from sandbox.agent_tools import Observation, ToolBox, ToolCall
-from sandbox.base import SandboxPool
+from sandbox.base import SandboxBroken, SandboxPool
 from sandbox.task import Task
-from sandbox.verdict import judge
+from sandbox.verdict import broken_sandbox, judge
 from sft.chat import Malformed, Renderer, parse_calls
 from sft.teacher import SUBMIT, SearchTeacher
 from sft.trajectory import DROPPED, ENVIRONMENT, POLICY, Trajectory, Turn
@@ -122,7 +122,8 @@ async def run_episode(
     seed: int,
 ) -> Trajectory:
     """Run one episode and judge what it left behind. Policy mistakes end in an observation or a
-    failing verdict; only harness trouble raises."""
+    failing verdict; only harness trouble raises. A sandbox that breaks under the policy's calls
+    ends it with the verdict "error": whose trouble that is, `rl.rollout` finds out."""
     began = time.monotonic()
     record = Trajectory(
         task=task.name,
@@ -141,9 +142,14 @@ async def run_episode(
             box = ToolBox(sandbox, tests, task.module, task.function)
             await _converse(record, session, box, renderer, config)
             record.patch = await sandbox.diff()
+        verdict = await judge(task, record.patch, pool)
+    except SandboxBroken as error:
+        if not record.turns:
+            raise
+        record.stop = "sandbox"
+        verdict = broken_sandbox(task, error, pool.environment)
     finally:
         session.close()
-    verdict = await judge(task, record.patch, pool)
     record.verdict = asdict(verdict)
     record.reward = float(verdict.verdict == "pass")
     record.seconds = round(time.monotonic() - began, 3)

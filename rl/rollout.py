@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,29 @@ class Episode:
     seed: int
 
 
+async def run_whole(
+    episode: Episode, policy: Policy, pool: SandboxPool, renderer: Renderer, config: AgentConfig
+) -> Trajectory:
+    """One episode, again while its sandbox breaks, at most `TRIES` times: the same task and seed,
+    and what broke is not counted.
+
+    If it breaks each time, the task's tests are run without it. Where that works, the episode is
+    the cause: it ends with the verdict "error", and earns nothing. Else SandboxBroken is raised.
+    """
+    for attempt in range(TRIES):
+        try:
+            done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+        except SandboxBroken:
+            if attempt + 1 == TRIES:
+                raise
+            continue
+        if done.verdict["verdict"] != "error":
+            return done
+    async with pool.lease(episode.task.tree()) as sandbox:
+        await sandbox.run_tests(episode.task.fail_to_pass)
+    return done
+
+
 async def run_episodes(
     episodes: Sequence[Episode],
     policy: Policy,
@@ -41,25 +63,15 @@ async def run_episodes(
 ) -> list[Trajectory]:
     """Run all episodes, `concurrency` at a time; results come in the order of `episodes`.
 
-    An episode whose sandbox breaks is run again, `TRIES` times in all. Any other failure of the
-    harness, and the last of these, cancels the rest and is raised.
+    Any failure of the harness that `run_whole` raises cancels the rest and is raised.
     """
     gate = asyncio.Semaphore(concurrency)
 
     async def one(episode: Episode) -> Trajectory:
         async with gate:
-            done = await whole(episode)
+            done = await run_whole(episode, policy, pool, renderer, config)
         on_done(done)
         return done
-
-    async def whole(episode: Episode) -> Trajectory:
-        """The same task and seed again, if its sandbox broke: that part was never counted."""
-        for _ in range(TRIES - 1):
-            with contextlib.suppress(SandboxBroken):
-                done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
-                if done.verdict["verdict"] != "error":
-                    return done
-        return await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
 
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(one(episode)) for episode in episodes]

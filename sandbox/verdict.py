@@ -103,6 +103,18 @@ async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None
     )
 
 
+def broken_sandbox(task: Judged, error: SandboxBroken, environment: str = "") -> Verdict:
+    """That of an episode whose sandbox broke before there was a patch."""
+    return Verdict(
+        verdict="error",
+        fail_to_pass=dict.fromkeys(task.fail_to_pass, "missing"),
+        pass_to_pass=dict.fromkeys(task.pass_to_pass, "missing"),
+        flags=(f"sandbox:{error}",),
+        seconds=0.0,
+        environment=environment,
+    )
+
+
 async def _run(
     pool: SandboxPool, tree: Tree, tests: Sequence[str], shuffle: int | None
 ) -> TestReport:

@@ -36,7 +36,7 @@ class Trajectory:
       weight_version: version of the weights that sampled its end; -1 for a policy without weights.
       versions: the same for each id; -1 where the environment wrote.
       reward: 1.0 for a passing verdict, else 0.0.
-      stop: why the episode ended: "submit", "turns", "tokens".
+      stop: why the episode ended: "submit", "turns", "tokens", or "sandbox" if that broke.
     """
 
     task: str

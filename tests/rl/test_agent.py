@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import NoReturn
 
 import pytest
 
@@ -18,8 +20,10 @@ from rl.agent import (
     Session,
     TeacherPolicy,
 )
-from rl.rollout import Episode, run_episodes
+from rl.rollout import TRIES, Episode, run_episodes
 from sandbox.agent_tools import ToolCall
+from sandbox.base import SandboxBroken, Tree
+from sandbox.leased import LeasedSandbox
 from sandbox.local import LocalPool
 from sandbox.task import Task, load_tasks
 from sandbox.verdict import judge
@@ -138,3 +142,48 @@ def test_nonsense_is_answered_to_the_last_turn(tasks: list[Task], tokenizer: Tok
         (t,) = run(tasks[:1], _Babbler(ids), render, 0)
         assert t.stop == "turns" and len(t.turns) == CONFIG.max_turns and not t.success
         assert all(turn.observations[0].startswith("error: ") for turn in t.turns)
+
+
+class Breaking(LocalPool):
+    """Sandboxes that break when `calls` are made of them, if they hold this task."""
+
+    def __init__(self, bad: Task, calls: Sequence[str]) -> None:
+        super().__init__(2)
+        self._bad, self._calls = bad.tree().overlay, calls
+        self.broke = 0
+
+    @contextlib.asynccontextmanager
+    async def lease(self, tree: Tree) -> AsyncIterator[LeasedSandbox]:
+        async with super().lease(tree) as sandbox:
+            if tree.overlay == self._bad:
+                for call in self._calls:
+                    setattr(sandbox, call, self._break)
+            yield sandbox
+
+    async def _break(self, *_: object, **__: object) -> NoReturn:
+        self.broke += 1
+        raise SandboxBroken("it went away")
+
+
+def test_what_breaks_its_sandbox_every_time_earns_nothing(
+    tasks: list[Task], tokenizer: Tokenizer
+) -> None:
+    """The others end as ever; but a sandbox that breaks without an agent is the harness's."""
+    render = Renderer(tokenizer)
+    policy = TeacherPolicy(render)
+
+    async def go(*calls: str) -> tuple[list[Trajectory], int]:
+        async with Breaking(tasks[0], calls) as pool:
+            episodes = [Episode(task, 0) for task in tasks[:4]]
+            found = await run_episodes(episodes, policy, pool, render, CONFIG, concurrency=2)
+            return found, pool.broke
+
+    found, broke = asyncio.run(go("read", "write"))
+    assert broke == TRIES
+    assert [t.verdict["verdict"] == "error" for t in found] == [True, False, False, False]
+    assert list(found[0].verdict["flags"]) == ["sandbox:it went away"]
+    assert (found[0].reward, found[0].stop) == (0.0, "sandbox") and found[0].ids
+    assert [t.ids for t in found[1:]] == [t.ids for t in run(tasks[1:4], policy, render, 0)]
+    with pytest.raises(ExceptionGroup) as raised:  # the task's tests cannot be run without it
+        asyncio.run(go("read", "write", "run_tests"))
+    assert raised.group_contains(SandboxBroken, match="it went away")
