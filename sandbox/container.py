@@ -50,6 +50,11 @@ class ContainerSlot(Slot):
         if facts is None:
             self.broken = f"{self.engine.name}: no runner: {stream.words() or 'it said nothing'}"
             raise SandboxBroken(self.broken)
+        if not facts["shielded"]:  # it could write the report of its own tests
+            runtime = self.engine.container.runtime or "its runtime"
+            self.broken = f"{self.engine.name}: {runtime} lets tests into the runner beside them"
+            await self.stop()
+            raise SandboxBroken(self.broken)
         self.facts = facts
 
     def abandon(self, why: str) -> None:

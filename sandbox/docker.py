@@ -29,6 +29,7 @@ from sandbox.isolation import FLAGS, HOME_INSIDE, environment_inside, interprete
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 LABEL, OWNER, POOL = "remend.sandbox", "remend.owner", "remend.pool"
+KERNEL_THREADS = 128
 RUNNER_MIB = 128  # for the runner itself, beside what it runs
 MARGIN_MIB = 16  # what the workspace holds beyond its limit, so that this is seen to be broken
 PER_CPU = 32  # sandboxes that share one: they wait for a policy most of the time
@@ -112,7 +113,7 @@ class Engine:
             self._client = docker.DockerClient(self._base_url(), tls=self._tls(), timeout=CALL_S)
             facts = self._client.info()
             self._have_image()
-            by_memory = facts["MemTotal"] * 9 // 10 // (self.limits.memory_mib * 5 // 4 << 20)
+            by_memory = facts["MemTotal"] * 9 // 10 // self._memory()
             fits = max(1, min(by_memory, facts["NCPU"] * PER_CPU, image.UIDS))
             self.capacity = min(self.host.slots, fits) if self.host.slots else fits
             self._cpus = min(self.container.cpus, facts["NCPU"])
@@ -209,9 +210,7 @@ class Engine:
             api, limits = self._client.api, self.limits
             uid = self._uids[self._next % len(self._uids)]
             self._next += 1
-            # all its file systems full, memory is left for the runner
-            spare = limits.memory_mib // 4
-            memory = (limits.memory_mib + spare + RUNNER_MIB) << 20
+            spare, memory = limits.memory_mib // 4, self._memory()
             own = f"uid={uid},gid={uid}"
             room = f"size={limits.memory_mib + MARGIN_MIB}m"
             config = api.create_host_config(
@@ -227,7 +226,7 @@ class Engine:
                 mem_limit=memory,
                 memswap_limit=memory,
                 nano_cpus=int(self._cpus * 1e9),
-                pids_limit=limits.processes + 8,
+                pids_limit=self._pids(),
                 oom_score_adj=500,
                 ipc_mode="private",
                 auto_remove=True,
@@ -250,6 +249,16 @@ class Engine:
                 labels={LABEL: "container", OWNER: owner(), POOL: self.pool},
             )
             return str(made["Id"])
+
+    def _memory(self) -> int:
+        """Bytes of a container: all its file systems full, memory is left for the runner."""
+        return (self.limits.memory_mib * 5 // 4 + RUNNER_MIB) << 20
+
+    def _pids(self) -> int:
+        """What the cgroup lets there be: processes and threads, the runner's with them. A runtime
+        with a kernel of its own, such as runsc, has threads for that, and two for each of ours."""
+        ours = self.limits.processes + 8
+        return 2 * ours + KERNEL_THREADS if self.container.runtime else ours
 
     def start(self, container: str) -> None:
         with trouble(self.name):

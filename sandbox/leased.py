@@ -15,6 +15,7 @@ from sandbox.report import read_report
 from sandbox.slot import GRACE_S, Slot
 
 PREBUILD_S = 300.0
+WENT_UNDER = "the sandbox went down with it, and was made anew"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class LeasedSandbox:
             workspace, memo = self._slot.workspace, self._pool.memo
             if self._commands_ran:
                 self._commands_ran = False
+                await self._there()
                 self._known = self._known and await in_thread(workspace.unchanged)
             key = None
             if memo is not None and self._known:
@@ -106,18 +108,21 @@ class LeasedSandbox:
         """The contents of a regular file of the tree."""
         self._leased()
         async with self._busy:
+            await self._there()
             return await in_thread(self._slot.workspace.read, path)
 
     async def write(self, path: str, data: bytes) -> None:
         """Replace or create a file of the tree; missing folders are made."""
         self._leased()
         async with self._busy:
+            await self._there()
             await in_thread(self._slot.workspace.write, path, data)
 
     async def diff(self) -> str:
         """Unified diff from the leased tree to the present one; text files only, no caches."""
         self._leased()
         async with self._busy:
+            await self._there()
             return await in_thread(self._slot.workspace.diff)
 
     async def reset(self, tree: Tree) -> None:
@@ -162,13 +167,21 @@ class LeasedSandbox:
         if answer is not None:
             return answer
         seconds = time.monotonic() - began
+        killed_by = "deadline" if seconds >= wall_s else self._slot.ended_by
+        words = "" if killed_by else WENT_UNDER
         return {
             "exit_code": -9,
-            "killed_by": "deadline" if seconds >= wall_s else self._slot.ended_by,
+            "killed_by": killed_by,
             "seconds": seconds,
+            "stderr": words,
             "lines": [],
-            "tail": "",
+            "tail": words,
         }
+
+    async def _there(self) -> None:
+        """Have the workspace at hand: one that went with its runner is made anew."""
+        if not self._slot.keeps_files:
+            await self._started()
 
     async def _started(self, refill: bool = True) -> None:
         """Have the runner started, with the workspace as the harness knows it."""

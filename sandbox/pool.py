@@ -28,64 +28,22 @@ from sandbox.base import Limits, SandboxBroken, Tree
 from sandbox.container import ContainerSlot
 from sandbox.docker import ContainerConfig, DockerHost, Engine
 from sandbox.leased import LeasedSandbox
+from sandbox.member import Member
 from sandbox.memo import TestMemo
 
-STARTS = 2  # on one host at one time: they cost it CPU
 TEND_S = 0.5
 HEALTH_S = 5.0
 PING_S = 5.0
-BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 FAILURES = 3  # starts that fail one after another before a host that answers is left alone
-PATIENCE_S = 120.0  # with no host that works
+PATIENCE_S = 120.0  # where one waits and none has started
 LEASE_TRIES = 5
-
-
-class Member:
-    """One host of a pool: its slots, and how it does."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.up = False
-        self.slots: set[ContainerSlot] = set()
-        self.starting = 0
-        self.failures = 0  # in a row
-        self.why = "not connected yet"
-        self._retry_at, self._backoff = 0.0, BACKOFF_S
-        self.checked = time.monotonic()
-
-    @property
-    def held(self) -> int:
-        return len(self.slots) + self.starting
-
-    @property
-    def load(self) -> float:
-        return self.held / self.engine.capacity if self.engine.capacity else 1.0
-
-    def may_start(self) -> bool:
-        return self.up and self.starting < STARTS and self.held < self.engine.capacity
-
-    def quarantine(self, why: str) -> None:
-        self.up, self.why, self.failures = False, why, 0
-        self._retry_at = time.monotonic() + self._backoff
-        self._backoff = min(2 * self._backoff, MAX_BACKOFF_S)
-
-    def due(self) -> bool:
-        return not self.up and time.monotonic() >= self._retry_at
-
-    def recovered(self) -> None:
-        self.up, self.why, self.failures = True, "", 0
-        self.checked = time.monotonic()
-
-    def well(self) -> None:
-        """A start that succeeded: the next failure is a first one."""
-        self.failures, self._backoff = 0, BACKOFF_S
 
 
 class DockerPool:
     """Up to `size` sandboxes at a time over all `hosts`; `memo`, if given, answers test runs that
     were made before; `warn` is told of hosts that fail and of those that come back.
 
-    Raises InputError at the first lease if no host answers at all.
+    Raises InputError at the first lease if no host answers at all, or starts what is asked of it.
     """
 
     def __init__(
@@ -118,7 +76,7 @@ class DockerPool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._nudge = asyncio.Event()
-        self._last_up = 0.0
+        self._hope = 0.0  # when there last was a sandbox, or nobody waited for one
         self._counts: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._took: deque[float] = deque(maxlen=10_000)  # seconds from asked to leased
@@ -274,19 +232,18 @@ class DockerPool:
 
     async def _connect(self, member: Member) -> None:
         """Bring a host into use, rid of what nobody wants there; quarantine if it does not work."""
-        again = bool(member.engine.capacity)
         try:
             await asyncio.to_thread(member.engine.connect)
-            swept = await asyncio.to_thread(member.engine.sweep, lambda: _containers(member))
+            swept = await asyncio.to_thread(member.engine.sweep, member.containers)
         except SandboxBroken as error:
-            member.quarantine(str(error))
-            self._warn(f"remend: Docker host out of use: {error}")
+            self._out(member, str(error))
             return
         self._counts["swept"] += len(swept)
-        member.recovered()
-        if again:
-            self._counts["recoveries"] += 1
-            self._warn(f"remend: Docker host in use again: {member.engine.name}")
+        member.answered()
+
+    def _out(self, member: Member, why: str) -> None:
+        if member.quarantine(why):
+            self._warn(f"remend: Docker host out of use: {why}")
 
     def _suspect(self, member: Member, why: str) -> None:
         """Something failed there: find out whether the host does."""
@@ -307,9 +264,8 @@ class DockerPool:
 
     def _put_out(self, member: Member, why: str) -> None:
         """Quarantine. Leases held there break now."""
-        member.quarantine(why)
         self._causes["quarantine"] += 1
-        self._warn(f"remend: Docker host out of use: {why}")
+        self._out(member, why)
         for slot in list(member.slots):
             slot.abandon(why)
             if slot in self._idle:
@@ -318,28 +274,35 @@ class DockerPool:
 
     async def _tend(self) -> None:
         """Keep the stock full and the hosts known, until cancelled."""
-        self._last_up = time.monotonic()
+        self._hope = time.monotonic()
         while True:
             self._fill()
             for member in self.members:
                 if member.due():
-                    member.quarantine(member.why)  # not twice at a time
+                    member.postpone()  # not twice at a time
                     self._spawn(self._connect(member))
                 elif member.up and time.monotonic() - member.checked > HEALTH_S:
                     member.checked = time.monotonic()
                     self._spawn(self._check(member, ""))
-            if any(member.up for member in self.members):
-                self._last_up = time.monotonic()
-            elif time.monotonic() - self._last_up > PATIENCE_S:
-                reasons = "; ".join(member.why for member in self.members)
-                while self._waiting:
-                    future = self._waiting.popleft()
-                    if not future.done():
-                        future.set_exception(SandboxBroken(f"no Docker host works: {reasons}"))
+            self._mind_the_queue()
             self._nudge.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TEND_S):
                     await self._nudge.wait()
+
+    def _mind_the_queue(self) -> None:
+        """Tell those who wait in vain: at once if every host was tried and none ever started a
+        sandbox, else when none has for long."""
+        if any(member.slots for member in self.members) or not self._waiting:
+            self._hope = time.monotonic()
+        never = not self._counts["starts"] and all(m.outages and not m.up for m in self.members)
+        if never or time.monotonic() - self._hope > PATIENCE_S:
+            why = "; ".join(m.why or f"{m.engine.name}: nothing starts" for m in self.members)
+            trouble = InputError if never else SandboxBroken
+            while self._waiting:
+                future = self._waiting.popleft()
+                if not future.done():
+                    future.set_exception(trouble(f"no Docker host works: {why}"))
 
     def _held(self) -> int:
         return sum(member.held for member in self.members if member.up)
@@ -380,8 +343,10 @@ class DockerPool:
             raise
         member.starting -= 1
         member.slots.add(slot)
-        member.well()
         self._counts["starts"] += 1
+        if member.started():
+            self._counts["recoveries"] += 1
+            self._warn(f"remend: Docker host in use again: {member.engine.name}")
         self._nudge.set()
         self._give(slot)
 
@@ -389,10 +354,6 @@ class DockerPool:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _containers(member: Member) -> set[str]:
-    return {slot.container for slot in member.slots if slot.container}
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -527,6 +527,7 @@ def main() -> None:
     import testrun
 
     confine.protect()
+    facts["shielded"] = confine.is_shielded(channel)
     shares_user = not own_processes and setup["uid"] is None
     runner = Runner(channel, answers, setup, facts, shares_user)
     try:

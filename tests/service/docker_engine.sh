@@ -16,10 +16,16 @@ start() {
     fi
     answers && return
     rm -f "$folder/docker.pid"
+    # gVisor, where it is installed; by ptrace, for the rest may want what a container lacks
+    runtimes='{}'
+    if runsc=$(command -v runsc); then
+        runtimes='{"runsc": {"path": "'$runsc'", "runtimeArgs": ["--platform=ptrace", "--network=none"]}}'
+    fi
+    echo '{"runtimes": '"$runtimes"'}' >"$folder/daemon.json"
     # neither bridge nor firewall: sandboxes have no network
     setsid dockerd -H "unix://$folder/docker.sock" --data-root "$folder/data" --exec-root "$folder/exec" \
-        --pidfile "$folder/docker.pid" --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
-        --bridge=none --exec-opt native.cgroupdriver=cgroupfs --log-level=warn \
+        --pidfile "$folder/docker.pid" --config-file "$folder/daemon.json" \
+        --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false --bridge=none --exec-opt native.cgroupdriver=cgroupfs --log-level=warn \
         >>"$folder/dockerd.log" 2>&1 </dev/null &
     for _ in $(seq 300); do answers && return; sleep 0.1; done
     tail -n 5 "$folder/dockerd.log" >&2

@@ -286,6 +286,83 @@ def test_a_container_is_closed_on_every_side(engines, tree) -> None:
     )
 
 
+def test_a_container_that_goes_under_is_made_anew(engines, tree) -> None:
+    """As the harness knows the files; whatever is asked first."""
+    import docker
+
+    one, _ = engines
+    edited = b"def add(a, b):\n    return b + a\n"
+
+    async def go(ask) -> None:
+        async with DockerPool([one.host], 1, LIMITS) as pool, pool.lease(tree) as sandbox:
+            await sandbox.write("src/mod.py", edited)
+            await sandbox.exec(["sh", "-c", "echo lost > src/other.py"])
+            client = docker.DockerClient(one.host.url)
+            (found,) = client.containers.list(filters={"label": f"{LABEL}=container"})
+            found.kill()
+            client.close()
+            await sandbox.exec(["true"])  # which finds out
+            await ask(sandbox)
+            assert await sandbox.read("src/mod.py") == edited
+            assert "other.py" not in await sandbox.diff()
+            assert (await sandbox.run_tests(GOOD)).passed(GOOD)
+
+    for ask in (
+        lambda sandbox: sandbox.read("src/mod.py"),
+        lambda sandbox: sandbox.write("src/mod.py", edited),
+        lambda sandbox: sandbox.diff(),
+        lambda sandbox: sandbox.run_tests(GOOD),
+    ):
+        asyncio.run(go(ask))
+
+
+def test_a_runtime_that_does_not_shield_the_runner_is_refused(engines, tree) -> None:
+    """gVisor, as far as it lets a test open the runner's descriptors, and forge its own report."""
+    import docker
+
+    one, _ = engines
+    client = docker.DockerClient(one.host.url)
+    runtimes = client.info()["Runtimes"]
+    client.close()
+    if "runsc" not in runtimes:
+        pytest.skip("runsc is not installed")
+    forge = "import os; os.open(f'/proc/{os.getppid()}/fd/3', os.O_RDONLY | os.O_NONBLOCK)"
+    told: list[str] = []
+
+    async def go():
+        container = ContainerConfig(runtime="runsc")
+        async with DockerPool([one.host], 1, Limits(), container, warn=told.append) as pool:
+            async with pool.lease(tree) as sandbox:
+                assert (await sandbox.run_tests(GOOD)).passed(GOOD)
+                return await sandbox.exec(["python3", "-c", forge])
+
+    try:
+        done = asyncio.run(go())
+    except InputError as error:
+        assert "runsc lets tests into the runner" in str(error)
+    else:  # a later one, that does shield it
+        assert "PermissionError" in done.stderr
+    assert one.comes_clean(), one.left()
+
+
+def test_hosts_that_start_nothing_say_so(engines, tree) -> None:
+    """Once, and soon: nobody waits for a runtime that is not there."""
+    told: list[str] = []
+
+    async def go():
+        container = ContainerConfig(runtime="nonsuch")
+        hosts = [engine.host for engine in engines]
+        async with DockerPool(hosts, 4, LIMITS, container, warn=told.append) as pool:
+            async with pool.lease(tree):
+                pass
+
+    began = time.monotonic()
+    with pytest.raises(InputError, match="no Docker host works.*nonsuch"):
+        asyncio.run(go())
+    assert time.monotonic() - began < 30
+    assert len(told) == 2 and all("nonsuch" in line for line in told)
+
+
 @pytest.mark.parametrize("what", ["named", "folder"])
 def test_an_image_of_the_users(engines, tree, tmp_path, what) -> None:
     """A named image, or a Dockerfile, gets the runner put into it."""
