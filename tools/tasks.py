@@ -19,6 +19,7 @@ from sandbox.task import Task, load_tasks
 from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
+from tools.card import add_card
 from tools.making import add_mutate, table
 from tools.mining import add_mine
 from tools.progress import progress
@@ -27,13 +28,14 @@ BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats}`."""
+    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats,card}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     names = ", ".join(NAMED)
 
     making = add_mutate(verbs)
     mining = add_mine(verbs)
+    carding = add_card(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, mining, proving, judging, building, counting):
+    for verb in (making, mining, proving, judging, building, counting, carding):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for verb in (making, mining, proving, judging):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
