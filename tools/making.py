@@ -43,7 +43,9 @@ def add_mutate(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--packages", nargs="+", metavar="NAME", help="default: all of the list")
     parser.add_argument("--per-function", type=int, default=Plan.per_function, metavar="N")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N tasks of each package")
-    parser.add_argument("--count", type=int, metavar="N", help="stop at N tasks in all")
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="begin no package after N tasks in all"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="packages at a time")
     parser.add_argument("--seed", type=int, default=Plan.seed)
     parser.set_defaults(run=_run)
