@@ -135,6 +135,9 @@ def _listed(options: argparse.Namespace) -> list[Package]:
 
 def _find(candidate: Candidate, index: PackageIndex, out: Path) -> Package | None:
     """The newest release that can be used, in the cache and ready for tests; None if none can."""
+    if pinned := load_packages().get(candidate.name):  # somebody has described it by hand
+        fetch([pinned])
+        return pinned
     stamp = hashlib.sha256(repr(candidate).encode()).hexdigest()[:8]
     place = out / "found" / f"{candidate.name}-{stamp}.json"
     if place.is_file():
@@ -205,6 +208,7 @@ async def _make(
                         write_atomic(refused, f"{error}\n")
                     part.rename(whole)
                     done += 1
+                    _merge(options.out, options.out / "tasks.jsonl")
                     tell(package.name)
 
             async with asyncio.TaskGroup() as group:
