@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from email import message_from_bytes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
-from sandbox.layout import metadata
+from sandbox.candidates import Candidate, Dated
+from sandbox.layout import metadata, package_of
 from sandbox.package_index import PackageIndex
+from sandbox.packages import Package, Release, fetch
 from sandbox.wheels import Pin, have_wheels
 
 if TYPE_CHECKING:
@@ -20,6 +23,22 @@ if TYPE_CHECKING:
 # the sandbox has these anyway
 _PRESENT = frozenset({"pytest", "pluggy", "iniconfig", "packaging", "pygments"})
 _MAX_PINS = 24
+
+
+def prepare(candidate: Candidate, dated: Dated, index: PackageIndex) -> Package:
+    """One release of a listed package, in the cache with the wheels it needs, ready for tests.
+
+    Raises InputError when it cannot be had, holds no tests, or needs what no wheel of its day is.
+    """
+    release = Release(candidate.name, dated.version, dated.sha256)
+    fetch([release])
+    package = package_of(release, candidate.split, candidate.skip)
+    pins = requirements_of(package.tree, dated.uploaded, candidate.extra, index)
+    if pins:
+        path = (*package.python_path, ".requirements")
+        package = replace(package, requirements=pins, python_path=path)
+    fetch([package])
+    return package
 
 
 def requirements_of(

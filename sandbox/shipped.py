@@ -57,6 +57,39 @@ class Row:
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def release(self) -> Package | None:
+        """The pinned package that it names, if there is that one."""
+        package = load_packages().get(self.package)
+        return package if package is not None and package.version == self.version else None
+
+
+@dataclass(frozen=True)
+class Made(Row):
+    """A line whose package is not one of the pinned ones: it says all about the release."""
+
+    source: str
+    sdist_sha256: str
+    licence: str
+    package_source: list[str]
+    tests: list[str]
+    python_path: list[str]
+    requirements: list[str]
+
+    @property
+    def release(self) -> Package:
+        return Package(
+            name=self.package,
+            version=self.version,
+            sha256=self.sdist_sha256,
+            requirements=tuple(self.requirements),
+            licence=self.licence,
+            split=self.split,
+            source=tuple(self.package_source),
+            tests=tuple(self.tests),
+            python_path=tuple(self.python_path),
+        )
+
 
 def read_rows(path: Path = SHIPPED) -> list[Row]:
     """The lines of an index. Raises InputError, naming the line, for one that is damaged."""
@@ -106,8 +139,8 @@ def build(row: Row) -> Task:
 
     Raises InputError when the line does not fit the release: it was changed, or mutate.py was.
     """
-    package = load_packages().get(row.package)
-    if package is None or package.version != row.version:
+    package = row.release
+    if package is None:
         raise InputError(f"task {row.name}: {row.package} {row.version} is not in the packages")
     path = package.tree / row.module
     if not path.is_relative_to(package.tree) or ".." in path.parts or not path.is_file():
@@ -148,6 +181,7 @@ def make_task(package: Package, row: Row, patch: str) -> Task:
         python_path=package.python_path,
         bug_patch=patch,
         protected=(*tests, *ALWAYS_PROTECTED),
+        requirements=package.requirements,
     )
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.files import iter_jsonl
 from sandbox.mined import RELEASES, Mined, build_mined
-from sandbox.packages import Release, load_packages
-from sandbox.shipped import SHIPPED, Row, build, row_from
+from sandbox.packages import Release
+from sandbox.shipped import SHIPPED, Made, Row, build, row_from
 from sandbox.task import INDEX_NAMES, Task
 
 NAMED = dict(zip(INDEX_NAMES, ((SHIPPED,), (RELEASES,), (SHIPPED, RELEASES)), strict=True))
@@ -38,6 +38,8 @@ def read_index(index: Path | str) -> list[Line]:
             where = f"{path}:{number}"
             if record.get("source") == "release":
                 lines.append(row_from(Mined, record, where))
+            elif record.get("source") == "procedural":
+                lines.append(row_from(Made, record, where))
             else:
                 lines.append(row_from(Row, record, where))
     return lines
@@ -45,13 +47,12 @@ def read_index(index: Path | str) -> list[Line]:
 
 def releases_of(lines: Iterable[Line]) -> list[Release]:
     """What must be in the cache before these lines' tasks can be made."""
-    packages = load_packages()
     found: dict[Release, None] = {}
     for line in lines:
         if isinstance(line, Mined):
             found.update(dict.fromkeys(line.releases))
-        elif line.package in packages:
-            found[packages[line.package]] = None
+        elif line.release is not None:
+            found[line.release] = None
     return list(found)
 
 

@@ -30,7 +30,7 @@ from sandbox.local import LocalPool
 from sandbox.mine import MineLimits, PairRecord, mine_pair, tasks_of
 from sandbox.package_index import PackageIndex, pip_settings
 from sandbox.packages import Package, fetch
-from sandbox.pins import requirements_of
+from sandbox.pins import prepare
 from tools.progress import progress
 
 VERSION = 1  # of what a pair's record holds: another one is mined again
@@ -118,15 +118,10 @@ async def _one(pair: Pair, limits: MineLimits, index: PackageIndex, pool: LocalP
 
 
 def _have(pair: Pair, index: PackageIndex) -> tuple[Package, Package]:
-    candidate = pair.candidate
-    releases = [pair.release(which) for which in (pair.new, pair.old)]
-    fetch(releases)
-    new, old = (package_of(release, candidate.split, candidate.skip) for release in releases)
-    pins = requirements_of(new.tree, pair.new.uploaded, candidate.extra, index)
-    if pins:
-        new = replace(new, requirements=pins, python_path=(*new.python_path, ".requirements"))
-    fetch([new])
-    return new, old
+    candidate, older = pair.candidate, pair.release(pair.old)
+    fetch([pair.release(pair.new), older])
+    old = package_of(older, candidate.split, candidate.skip)
+    return prepare(candidate, pair.new, index), old
 
 
 def _place(out: Path, pair: Pair, limits: MineLimits) -> Path:

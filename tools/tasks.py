@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.files import append_jsonl, write_atomic, write_jsonl
-from sandbox.generate import Plan, fingerprints, generate
+from configs.files import write_jsonl
 from sandbox.local import LocalPool
-from sandbox.packages import Package, Release, fetch, load_packages
-from sandbox.shipped import read_rows
+from sandbox.packages import Release, fetch
 from sandbox.task import Task, load_tasks
 from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
+from tools.card import add_card
+from tools.making import add_mutate, table
 from tools.mining import add_mine
 from tools.progress import progress
 
@@ -29,20 +28,14 @@ BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats}`."""
+    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats,card}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     names = ", ".join(NAMED)
 
-    making = verbs.add_parser("mutate", help="make tasks by mutating tested functions")
-    making.add_argument("--out", type=Path, required=True, help="folder for tasks.jsonl")
-    making.add_argument("--packages", nargs="+", metavar="NAME", help="default: all")
-    making.add_argument("--per-function", type=int, default=Plan.per_function, metavar="N")
-    making.add_argument("--limit", type=int, metavar="N", help="at most N tasks of each package")
-    making.add_argument("--seed", type=int, default=Plan.seed)
-    making.set_defaults(run=_mutate)
-
+    making = add_mutate(verbs)
     mining = add_mine(verbs)
+    carding = add_card(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
@@ -69,80 +62,16 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, mining, proving, judging, building, counting):
+    for verb in (making, mining, proving, judging, building, counting, carding):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for verb in (making, mining, proving, judging):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
     options = parser.parse_args(argv)
-    for name in ("limit", "repeat", "jobs", "per_function", "newest"):
+    for name in ("limit", "repeat", "jobs", "per_function", "newest", "count"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     return options.run(options)
-
-
-# -- mutate
-
-
-def _mutate(options: argparse.Namespace) -> int:
-    packages = load_packages()
-    for name in options.packages or ():
-        if name not in packages:
-            raise InputError(f"no package {name!r}; there are {', '.join(packages)}")
-    chosen = [packages[name] for name in options.packages or packages]
-    plan = Plan(per_function=options.per_function, seed=options.seed)
-    if options.limit is not None:
-        plan = replace(plan, per_package=dict.fromkeys(plan.per_package, options.limit))
-    _fetch(list(packages.values()))
-    heldout = [package for package in packages.values() if package.split == "heldout"]
-    # held-out code must not be trained on under another name
-    foreign = {"heldout": frozenset[str](), "train": frozenset(fingerprints(heldout))}
-    asyncio.run(_make(chosen, plan, foreign, options))
-    path = options.out / "tasks.jsonl"
-    counts = _merge(options.out, path)
-    _answer(options.json, {"index": str(path), **counts}, _table(counts))
-    return 0
-
-
-async def _make(
-    packages: Sequence[Package],
-    plan: Plan,
-    foreign: dict[str, frozenset[str]],
-    options: argparse.Namespace,
-) -> None:
-    """One file for each package, so that an interrupted run goes on where it was."""
-    async with LocalPool(1, backend=options.backend) as pool:
-        with progress("tasks") as report:
-            total = 0
-            for done, package in enumerate(packages):
-                report(done, len(packages), f"{total} tasks; {package.name}")
-                stamp = hashlib.sha256(repr((plan, package)).encode()).hexdigest()[:8]
-                whole = options.out / "packages" / f"{package.name}-{stamp}.jsonl"
-                part = whole.with_suffix(".part")
-                if not whole.exists():
-                    part.unlink(missing_ok=True)
-                    write_atomic(part, "")
-                    async for row in generate(package, plan, pool, foreign[package.split]):
-                        append_jsonl(part, row.record())
-                        total += 1
-                        report(done, len(packages), f"{total} tasks; {package.name}")
-                    part.rename(whole)
-                _merge(options.out, options.out / "tasks.jsonl")
-            report(len(packages), len(packages), f"{total} new tasks")
-
-
-def _merge(folder: Path, path: Path) -> dict[str, dict[str, int]]:
-    """Join the packages' files; the order is that of hashes, so that any start is a fair sample."""
-    rows = [
-        row for file in sorted((folder / "packages").glob("*.jsonl")) for row in read_rows(file)
-    ]
-    rows.sort(key=lambda row: row.sha256)
-    write_jsonl(path, [row.record() for row in rows])
-    return {
-        "split": dict(Counter(row.split for row in rows)),
-        "package": dict(Counter(row.package for row in rows).most_common()),
-        "operator": dict(Counter(row.operator for row in rows).most_common()),
-    }
 
 
 # -- verify
@@ -271,7 +200,7 @@ def _stats(options: argparse.Namespace) -> int:
         name: dict(Counter(fact[at] for fact in facts).most_common())
         for at, name in enumerate(names)
     }
-    _answer(options.json, {"tasks": len(facts), **counts}, _table(counts))
+    _answer(options.json, {"tasks": len(facts), **counts}, table(counts))
     return 0
 
 
@@ -293,14 +222,6 @@ def _fetch(packages: Sequence[Release]) -> None:
             report(done, len(packages), "")
 
         fetch(packages, one)
-
-
-def _table(counts: dict[str, dict[str, int]]) -> str:
-    lines = []
-    for name, values in counts.items():
-        lines.append(f"{name} ({sum(values.values())})")
-        lines += [f"  {key:<16} {value:>5}" for key, value in values.items()]
-    return "\n".join(lines)
 
 
 def _answer(as_json: bool, answer: dict, text: str) -> None:
