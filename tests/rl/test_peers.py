@@ -76,7 +76,8 @@ def ours(config: LossConfig, advantage: np.ndarray, per_row: int):
         )
         return found / divisor, sums["rl/clip_share"] / MASK.sum()
 
-    (loss, clipped), grad = jax.value_and_grad(value, has_aux=True)(jnp.asarray(X["logprob"]))
+    both = jax.jit(jax.value_and_grad(value, has_aux=True))
+    (loss, clipped), grad = both(jnp.asarray(X["logprob"]))
     return loss, grad, clipped
 
 
@@ -111,7 +112,7 @@ def test_value_loss_and_gradient(clip: str) -> None:
     def value(v: jax.Array) -> jax.Array:
         return value_loss(v, *map(jnp.asarray, arrays), bound)[0] / MASK.sum()
 
-    loss, grad = jax.value_and_grad(value)(jnp.asarray(X["value"]))
+    loss, grad = jax.jit(jax.value_and_grad(value))(jnp.asarray(X["value"]))
     np.testing.assert_allclose(loss, PEERS["verl value"][clip]["loss"], **EXACT)
     np.testing.assert_allclose(grad, PEERS["verl value"][clip]["grad"], **EXACT)
 

@@ -2,8 +2,8 @@
 
     python tests/service/rl_peers.py > tests/rl/peers.json
 
-wants a Python with what ``rl_peers.txt`` lists and ``verl==0.9.1``; nothing of this project, nor JAX,
-is imported.
+wants a Python with what ``rl_peers.txt`` lists and ``verl==0.9.1``; nothing of this project is
+imported.
 ``tests/rl/test_peers.py`` compares ours with the kept answer, ``test_rl_peers.py`` the kept answer
 with a fresh one. Everything is float64, one sequence a row, each padded behind.
 
