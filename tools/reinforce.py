@@ -68,6 +68,7 @@ async def reinforce(
                 publish=publish,
                 mesh=pipeline.mesh,
                 server_metrics=policy.metrics,
+                trackers=pipeline.trackers,
                 on_step=on_step,
             )
         return await train_rl(
@@ -82,6 +83,7 @@ async def reinforce(
             publish=publish,
             mesh=pipeline.mesh,
             server_metrics=policy.metrics,
+            trackers=pipeline.trackers,
             on_step=on_step,
         )
     finally:
