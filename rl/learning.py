@@ -22,6 +22,7 @@ from rl.loss import LossConfig, critic_loss, loss_of_rows
 from sft.learner import Learner, OptimizerConfig, TrainState
 from sft.metrics import Metrics
 from sft.packing import Rows
+from sft.tracking import Tracker
 from sft.trajectory import Trajectory
 
 
@@ -110,9 +111,10 @@ class Learning:
         seed: int,
         temperature: float,
         mesh: Mesh | None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.config, self._seed = config, seed
-        self.share, self.metrics = share_of(mesh), Metrics(run)
+        self.share, self.metrics = share_of(mesh), Metrics(run, trackers)
         self._shape = Shape(config.row_tokens, config.row_targets, config.microbatch_rows)
         self._per_step = config.updates_per_step * config.epochs
         updates = config.steps * self._per_step

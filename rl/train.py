@@ -28,6 +28,7 @@ from rl.curriculum import Curriculum, outcomes
 from rl.learning import Learning, RLConfig
 from rl.rollout import Episode
 from sandbox.task import Task
+from sft.tracking import Tracker
 from sft.trajectory import ENVIRONMENT, Trajectory, load, save
 
 Rollout = Callable[[Sequence[Episode]], Coroutine[Any, Any, list[Trajectory]]]
@@ -47,6 +48,7 @@ async def train_rl(
     publish: Publish,
     mesh: Mesh | None = None,
     server_metrics: Callable[[], dict[str, float]] = dict,
+    trackers: Sequence[Tracker] = (),
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
 ) -> Params:
     """Train from `params`, also the reference policy, in the run folder `run`.
@@ -60,7 +62,16 @@ async def train_rl(
       Preempted: a host was told to stop; there is a checkpoint of the last whole step.
     """
     check_tasks(tasks, config)
-    learning = Learning(config, model, params, run, seed=seed, temperature=temperature, mesh=mesh)
+    learning = Learning(
+        config,
+        model,
+        params,
+        run,
+        seed=seed,
+        temperature=temperature,
+        mesh=mesh,
+        trackers=trackers,
+    )
     curriculum = _curriculum(tasks, run, learning.version) if config.curriculum else None
     for step in range(learning.version, config.steps):
         began = time.monotonic()

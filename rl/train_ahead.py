@@ -39,6 +39,7 @@ from rl.train import (
     stopped,
 )
 from sandbox.task import Task
+from sft.tracking import Tracker
 from sft.trajectory import Trajectory
 
 # one episode with the newest weights; new weights, from a copy that nothing changes any more
@@ -59,6 +60,7 @@ async def train_ahead(
     publish: Publish,
     mesh: Mesh | None = None,
     server_metrics: Callable[[], dict[str, float]] = dict,
+    trackers: Sequence[Tracker] = (),
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
 ) -> Params:
     """As ``train_rl``, with rollouts that run ahead.
@@ -69,7 +71,16 @@ async def train_ahead(
     if host_count() > 1:
         raise InputError("rl.max_staleness above 0 wants a learner of one host: set it to 0")
     check_tasks(tasks, config)
-    learning = Learning(config, model, params, run, seed=seed, temperature=temperature, mesh=mesh)
+    learning = Learning(
+        config,
+        model,
+        params,
+        run,
+        seed=seed,
+        temperature=temperature,
+        mesh=mesh,
+        trackers=trackers,
+    )
     start = learning.version
 
     def episodes(number: int, tries: int) -> list[Coroutine[Any, Any, Trajectory]]:

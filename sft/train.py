@@ -21,6 +21,7 @@ from sft.examples import Examples
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example, plan_rows
+from sft.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def train_sft(
     *,
     seed: int,
     mesh: Mesh | None = None,
+    trackers: Sequence[Tracker] = (),
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
 ) -> Params:
     """Train from `params` on `data`, in the run folder `run`; resumes where it was cut off.
@@ -75,7 +77,7 @@ def train_sft(
     learner = Learner(
         model, config.optimizer.build(len(order)), nll, mesh, offload=config.optimizer.offload
     )
-    metrics = Metrics(run)
+    metrics = Metrics(run, trackers)
     checkpoints = Checkpoints(run / "checkpoints" / "sft", background=True)
     state = learner.init(spread(params, model, mesh))
     del params  # the state has its own: a caller that keeps none frees a copy

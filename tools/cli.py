@@ -41,8 +41,10 @@ INSTALLS = {
     "libtpu": "remend[tpu]",
     "maxtext": "remend[tpu]",
     "tensorflow_datasets": "remend[datasets]",
+    "tensorboardX": "remend[tensorboard]",
     "torch": "remend[parity]",
     "transformers": "remend[parity]",
+    "wandb": "remend[wandb]",
 }
 
 

@@ -43,6 +43,7 @@ from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
 from sft.examples import Examples
+from sft.tracking import TrackingConfig, open_trackers
 from sft.train import SFTConfig, train_sft
 from sft.trajectory import Trajectory
 from tools.progress import progress
@@ -143,6 +144,7 @@ class RunConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
@@ -176,6 +178,7 @@ class Pipeline:
             check_room(self.start.config, config.server.slots, config.agent.max_tokens)
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
+        self.trackers = open_trackers(config.tracking, run) if host_index() == 0 else []
         self._keep_config()
         sandbox = config.sandbox
         self.pool = make_pool(
@@ -192,6 +195,8 @@ class Pipeline:
 
     async def __aexit__(self, *_: object) -> None:
         await self.pool.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     @functools.cached_property
     def renderer(self) -> Renderer:
@@ -258,6 +263,7 @@ class Pipeline:
                     self.run,
                     seed=self.seed,
                     mesh=self.mesh,
+                    trackers=self.trackers,
                     on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
                 )
             self._keep(folder, params, self.start.folder)

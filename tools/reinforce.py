@@ -60,6 +60,7 @@ async def reinforce(
                 publish=publish,
                 mesh=pipeline.mesh,
                 server_metrics=policy.metrics,
+                trackers=pipeline.trackers,
                 on_step=on_step,
             )
         return await train_rl(
@@ -74,6 +75,7 @@ async def reinforce(
             publish=publish,
             mesh=pipeline.mesh,
             server_metrics=policy.metrics,
+            trackers=pipeline.trackers,
             on_step=on_step,
         )
     finally:

@@ -149,7 +149,7 @@ class RunState:
         sizes = [rl.get("tasks_per_step"), rl.get("group_size")]
         tokens, seconds = (self.values.get(k) for k in ("rl/tokens", "time/rollout_s"))
         known = all(isinstance(size, int) for size in sizes)
-        if known and tokens and seconds and "server/tokens_per_s" not in self.values:
+        if known and tokens and seconds and "time/server/tokens_per_s" not in self.values:
             self.values["rollout/tokens_per_s"] = tokens * sizes[0] * sizes[1] / seconds
         if seconds is not None and "time/learner_idle" not in self.values:
             learn = self.values.get("time/learn_s", 0.0)

@@ -31,22 +31,23 @@ METRICS = {
     "sft/grad_norm": "gradient norm",
     "rl/grad_norm": "gradient norm",
     "rl/entropy": "entropy",
-    "rl/kl": "KL to reference",
+    "rl/kl_ref": "KL to reference",
     "mismatch/mean": "mismatch",
     "time/tokens_per_s": "tokens/s trained",
     "rollout/tokens_per_s": "tokens/s sampled",
-    "server/tokens_per_s": "tokens/s sampled",
+    "time/server/tokens_per_s": "tokens/s sampled",
     "stale/mean": "staleness, mean",
     "stale/max": "staleness, max",
     "stale/dropped": "dropped as stale",
     "time/learner_idle": "learner idle",
-    "server/idle": "servers idle",
-    "server/serving": "servers serving",
+    "time/server/idle": "servers idle",
+    "time/server/serving": "servers serving",
     "time/rollout_share": "time in rollouts",
     "time/rollout_s": "rollout, s",
     "time/learn_s": "learning, s",
 }
-SHARES = {"rl/success", "rl/informative", "time/learner_idle", "server/idle", "time/rollout_share"}
+SHARES = {"rl/success", "rl/informative", "time/rollout_share"}
+SHARES |= {"time/learner_idle", "time/server/idle"}
 STYLES = {"pass": "green", "fail": "red", "quarantine": "yellow", "error": "yellow"}
 BARS = "▁▂▃▄▅▆▇█"
 
