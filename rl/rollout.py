@@ -29,6 +29,19 @@ class Episode:
     seed: int
 
 
+async def run_whole(
+    episode: Episode, policy: Policy, pool: SandboxPool, renderer: Renderer, config: AgentConfig
+) -> Trajectory:
+    """One episode; the same task and seed again if its sandbox breaks, `TRIES` times in all: that
+    part was never counted. The last failure is raised, and at once any other of the harness."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(SandboxBroken):
+            done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+            if done.verdict["verdict"] != "error":
+                return done
+    return await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+
+
 async def run_episodes(
     episodes: Sequence[Episode],
     policy: Policy,
@@ -41,25 +54,15 @@ async def run_episodes(
 ) -> list[Trajectory]:
     """Run all episodes, `concurrency` at a time; results come in the order of `episodes`.
 
-    An episode whose sandbox breaks is run again, `TRIES` times in all. Any other failure of the
-    harness, and the last of these, cancels the rest and is raised.
+    What `run_whole` raises cancels the rest and is raised.
     """
     gate = asyncio.Semaphore(concurrency)
 
     async def one(episode: Episode) -> Trajectory:
         async with gate:
-            done = await whole(episode)
+            done = await run_whole(episode, policy, pool, renderer, config)
         on_done(done)
         return done
-
-    async def whole(episode: Episode) -> Trajectory:
-        """The same task and seed again, if its sandbox broke: that part was never counted."""
-        for _ in range(TRIES - 1):
-            with contextlib.suppress(SandboxBroken):
-                done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
-                if done.verdict["verdict"] != "error":
-                    return done
-        return await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
 
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(one(episode)) for episode in episodes]

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from model.hosts import barrier, host_count, host_index
 from model.lora import add_adapters, merged
 from model.qwen3 import Params
-from rl.agent import run_episode
 from rl.policy_server import PolicyServer
 from rl.probe import Probe, Prober
-from rl.rollout import Episode
+from rl.rollout import Episode, run_whole
 from rl.serving import open_server
 from rl.snapshot import Snapshot, Snapshots
 from rl.train import train_rl
@@ -38,14 +37,7 @@ async def reinforce(
 
     async def roll(episode: Episode) -> Trajectory:
         async with gate:
-            return await run_episode(
-                episode.task,
-                policy,
-                pipeline.pool,
-                pipeline.renderer,
-                config.agent,
-                episode.seed,
-            )
+            return await run_whole(episode, policy, pipeline.pool, pipeline.renderer, config.agent)
 
     async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
         return await pipeline.run_episodes(episodes, policy)

@@ -93,6 +93,15 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 < median" in capsys.readouterr().err
 
 
+def test_the_shipped_sizing_keeps_the_learner_busy() -> None:
+    """As its comment says: at most a tenth of the time idle, no token older than 4 versions."""
+    path = CONFIGS / "simulate" / "32b-v5p-128.yaml"
+    (row,) = simulate(load(SimulateConfig, path, ["max_staleness=[4]", "steps=10"]))
+    assert row["learner_idle"] <= 0.1
+    assert max(int(age) for age in row["staleness"]) <= 4
+    assert row["step_s"] >= 94 and row["episodes_per_h"] < 3600 * 512 / 94 + 1
+
+
 @pytest.mark.parametrize("name", ["cpu", "async-cpu", "tpu-host", "replicas"])
 def test_the_shipped_configs_load(name: str) -> None:
     found = load(RunConfig, CONFIGS / f"sglang-{name}.yaml", ["server.sglang.python=/bin/sh"])

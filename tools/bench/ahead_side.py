@@ -58,7 +58,7 @@ async def run(order: dict[str, Any]) -> dict[str, Any]:
     async with Pipeline(config, Path(order["run"]), order["seed"]) as pipeline:
         real: Any = pipeline.pool
         if order["wait"]:
-            pipeline.pool = WaitingPool(real, Spread(*order["wait"]), order["seed"])  # type: ignore[assignment]
+            pipeline.pool = WaitingPool(real, Spread(*order["wait"]), order["seed"])
         ends: list[float] = []
 
         def note(done: int, of: int, text: str = "") -> None:
