@@ -44,17 +44,17 @@ def breakdown(policies: Mapping[str, Sequence[Judged]], key: str) -> dict[str, d
 def success(trajectories: Sequence[Judged]) -> dict[str, float]:
     """Mean success over tasks, and its 95 % interval."""
     means = per_task(trajectories)
-    return {**_interval(np.array(list(means.values()))), "episodes": len(trajectories)}
+    return {**interval(np.array(list(means.values()))), "episodes": len(trajectories)}
 
 
 def paired_gain(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """Mean over tasks of after - before, both measured on the same tasks, with its interval."""
     if before.keys() != after.keys():
         raise ValueError("a paired comparison needs the same tasks on both sides")
-    return _interval(np.array([after[task] - before[task] for task in before]))
+    return interval(np.array([after[task] - before[task] for task in before]))
 
 
-def _interval(values: np.ndarray) -> dict[str, float]:
+def interval(values: np.ndarray) -> dict[str, float]:
     """Mean and 95 % percentile bootstrap over tasks (Efron & Tibshirani 1993, ch. 13).
 
     Tasks are resampled, not episodes: tries of one task are not independent. The generator is

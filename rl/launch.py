@@ -59,6 +59,8 @@ class Launch:
             if self.chip == "cuda":
                 raise InputError("sglang-jax runs on tpu and cpu: use sglang for cuda")
             device = ["--device", self.chip, "--skip-server-warmup"]
+            if self.chip == "cpu":  # its kernels for attention are TPU's
+                device += ["--attention-backend", "native", "--disable-precompile"]
             start = [self.python, "-m", "sgl_jax.launch_server"]
             return [*start, *model, *where, *load, *device, *self.flags]
         if self.chip == "tpu":

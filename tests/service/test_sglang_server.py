@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,15 +290,8 @@ CONFIG = RLConfig(
 )
 
 
-@pytest.mark.parametrize(("thinking", "lag"), [(True, 0), (False, 1)])
-def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thinking: bool, lag: int
-) -> None:
-    """Episodes of two turns, rewarded for even ids. Every answer of the server is recorded as it
-    comes; the policy's tokens of every episode are then those of some answers, to the byte."""
-    from dataclasses import replace
-
-    config = replace(CONFIG, max_staleness=lag)
+def record_answers(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every answer of a server from now on: the prompt, and ids with log-probabilities."""
     answers: set[str] = set()
     call = Replica.call
 
@@ -309,16 +303,43 @@ def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
         return data
 
     monkeypatch.setattr(Replica, "call", recorded)
+    return answers
+
+
+def check_sampled(t: Trajectory, step: int, lag: int, answers: set[str]) -> None:
+    """The policy's tokens of an episode are those of some answers, to the byte, and none is older
+    than allowed."""
+    at = 0
+    while POLICY in t.author[at:]:
+        start = at + t.author[at:].index(POLICY)
+        end = start
+        while end < len(t.ids) and t.author[end] == POLICY:
+            assert step - lag <= t.versions[end] <= step
+            end += 1
+        pairs = list(zip(t.ids[start:end], t.logprobs[start:end], strict=True))
+        assert repr((t.ids[:start], pairs)) in answers
+        at = end
+    assert at == len(t.ids)
+
+
+async def learn(
+    world: World,
+    server: SGLangServer,
+    root: Path,
+    config: RLConfig,
+    *,
+    thinking: bool,
+    on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
+) -> None:
+    """GRPO on episodes of two turns, rewarded for even ids."""
     tasks: list[Any] = [SimpleNamespace(name=f"task-{n}", number=n) for n in range(4)]
-    server = world.client(world.urls, update="in_place" if lag else "drain")
     gate = asyncio.Semaphore(16)
 
     async def roll(episode: Episode) -> Trajectory:
         record = Trajectory(episode.task.name, "p", "op", "train", "rl", episode.seed, -1, "")
+        number: int = episode.task.number  # type: ignore[attr-defined]
         async with gate:
-            said = await talk(
-                world, server, episode.task.number, thinking=thinking, turns=2, max_new=4
-            )
+            said = await talk(world, server, number, thinking=thinking, turns=2, max_new=4)
         for new, reply in said:
             record.add(new, ENVIRONMENT)
             record.add(reply.ids, POLICY, reply.logprobs, reply.versions)
@@ -332,24 +353,36 @@ def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
     async def rollout(episodes: Any) -> list[Trajectory]:
         return list(await asyncio.gather(*map(roll, episodes)))
 
-    snapshots = Snapshots(tmp_path / "snapshots", world.config, world.tokenizer)
+    snapshots = Snapshots(root / "snapshots", world.config, world.tokenizer)
 
     async def publish(params: Params, version: int) -> None:
         await server.publish(snapshots.write(params, version), world.prober(params, version))
 
+    common: dict[str, Any] = {
+        "seed": 0,
+        "temperature": 1.0,
+        "publish": publish,
+        "server_metrics": server.metrics,
+        "on_step": on_step,
+    }
+    place = (config, world.config, init(world.config, 0), tasks, root)
+    if config.max_staleness:
+        await train_ahead(*place, roll=roll, **common)
+    else:
+        await train_rl(*place, rollout=rollout, **common)
+
+
+@pytest.mark.parametrize(("thinking", "lag"), [(True, 0), (False, 1)])
+def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thinking: bool, lag: int
+) -> None:
+    config = replace(CONFIG, max_staleness=lag)
+    answers = record_answers(monkeypatch)
+
     async def work() -> None:
-        common: dict[str, Any] = {
-            "seed": 0,
-            "temperature": 1.0,
-            "publish": publish,
-            "server_metrics": server.metrics,
-        }
-        place = (config, world.config, init(world.config, 0), tasks, tmp_path)
+        server = world.client(world.urls, update="in_place" if lag else "drain")
         try:
-            if lag:
-                await train_ahead(*place, roll=roll, **common)
-            else:
-                await train_rl(*place, rollout=rollout, **common)
+            await learn(world, server, tmp_path, config, thinking=thinking)
         finally:
             await server.close()
 
@@ -365,17 +398,61 @@ def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
         done = load(tmp_path / "trajectories" / f"rl-{number + 1:06d}.jsonl")
         assert len(done) == 32
         for t in done:
-            at = 0
-            while POLICY in t.author[at:]:
-                start = at + t.author[at:].index(POLICY)
-                end = start
-                while end < len(t.ids) and t.author[end] == POLICY:
-                    assert number - lag <= t.versions[end] <= number
-                    end += 1
-                pairs = list(zip(t.ids[start:end], t.logprobs[start:end], strict=True))
-                assert repr((t.ids[:start], pairs)) in answers
-                at = end
-            assert at == len(t.ids)
+            check_sampled(t, number, lag, answers)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_server_that_is_killed_under_a_run_comes_back_and_the_run_goes_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """The only server dies by SIGKILL while episodes run on it, and is started again with the
+    snapshot it was first started with: it must catch up before a token of it is used."""
+    config = replace(CONFIG, steps=6, max_staleness=lag)
+    answers = record_answers(monkeypatch)
+    killed: list[float] = []
+    ends: list[float] = []
+    port = int(world.urls[0].rpartition(":")[2])
+    first = next(c for c in reversed(world.children) if str(port) in c.args and c.poll() is None)
+    server_of_run: list[SGLangServer] = []
+
+    async def kill() -> None:
+        while not server_of_run[0].fleet.replicas[0].running:  # under an episode
+            await asyncio.sleep(0.001)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        killed.append(time.monotonic())
+        world.serve(port)
+
+    async def work() -> None:
+        server = world.client(world.urls[:1])
+        server_of_run.append(server)
+        killers: list[asyncio.Task[None]] = []
+
+        def on_step(done: int, of: int, values: dict[str, float]) -> None:
+            ends.append(time.monotonic())
+            if done == 2:
+                killers.append(asyncio.create_task(kill()))
+
+        try:
+            async with asyncio.timeout(2 * START_S):  # nothing hangs
+                await learn(world, server, tmp_path, config, thinking=False, on_step=on_step)
+            await killers[0]
+            label = await server.fleet.engine.label(server.fleet.replicas[0])
+            assert label == server.fleet.label
+        finally:
+            await server.close()
+
+    run(work)
+    steps = steps_of(tmp_path)
+    assert len(steps) == config.steps and len(killed) == 1
+    assert sum(s["time/server/retries"] for s in steps) >= 1  # it did hurt
+    # the last step takes no longer than a step did, give or take: nothing of it stays
+    assert ends[-1] - ends[-2] < 10 + 5 * (ends[1] - ends[0])
+    for number in range(config.steps):
+        done = load(tmp_path / "trajectories" / f"rl-{number + 1:06d}.jsonl")
+        assert len(done) == 32
+        for t in done:
+            check_sampled(t, number, lag, answers)
 
 
 def test_two_servers_behind_the_router(world: World) -> None:

@@ -93,6 +93,20 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 < median" in capsys.readouterr().err
 
 
+@pytest.mark.service  # half a minute
+def test_the_shipped_sizing_keeps_the_learner_busy() -> None:
+    """As its comment says: at most a tenth of the time idle, no token older than 4 versions. Here
+    a quarter of everything that counts groups or servers, for speed."""
+    path = CONFIGS / "simulate" / "32b-v5p-128.yaml"
+    quarter = ["tasks_per_step=8", "replicas=7", "sandboxes=512"]
+    (row,) = simulate(
+        load(SimulateConfig, path, [*quarter, "max_staleness=[4]", "steps=20", "warmup=8"])
+    )
+    assert row["learner_idle"] <= 0.1
+    assert max(int(age) for age in row["staleness"]) <= 4
+    assert row["step_s"] == pytest.approx(94, rel=0.11)
+
+
 @pytest.mark.parametrize("name", ["cpu", "async-cpu", "tpu-host", "replicas"])
 def test_the_shipped_configs_load(name: str) -> None:
     found = load(RunConfig, CONFIGS / f"sglang-{name}.yaml", ["server.sglang.python=/bin/sh"])

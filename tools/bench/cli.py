@@ -8,12 +8,16 @@ import importlib
 # what -> (module with `main(argv) -> int`, one line of help)
 BENCHES = {
     "model": ("tools.bench.model", "train step, log-probabilities and sampling, tokens a second"),
+    "ahead": (
+        "tools.bench.ahead",
+        "rollouts ahead of the learner, and in turn with it: episodes an hour",
+    ),
     "plan": ("tools.bench.plan", "a train step compiled for a TPU slice: memory, bytes sent"),
 }
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend bench {model,plan}`."""
+    """Run `remend bench {model,ahead,plan}`."""
     lines = "\n".join(f"  {what:<5}  {text}" for what, (_, text) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="remend bench",
