@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from configs.errors import InputError
@@ -189,6 +189,19 @@ class Engine:
             )
         self._image = made.id
         self.environment = made.id.removeprefix("sha256:")
+
+    @property
+    def base(self) -> str:
+        """What containers are made of, once connected."""
+        return self._image
+
+    def build(self, context: BinaryIO) -> str:
+        """An image of a build context (a tar), as `docker build` makes it: its id."""
+        with trouble(self.name):
+            made, _ = self._client.images.build(
+                fileobj=context, custom_context=True, rm=True, labels={LABEL: "image"}
+            )
+            return str(made.id)
 
     def _send(self, root: image.RootFS) -> None:
         repository, tag = self._image.split(":")

@@ -25,6 +25,7 @@ from sandbox.backends import make_pool
 from sandbox.base import Limits, Sandbox, SandboxBroken, SandboxPool, Tree
 from sandbox.docker import ContainerConfig, DockerHost, Engine
 from sandbox.isolation import HOME_INSIDE
+from sandbox.peers import engine_for, measure_peer
 
 GOOD = b"def add(a, b):\n    return a + b\n"
 BAD = b"def add(a, b):\n    return a - b\n"
@@ -38,11 +39,9 @@ Rows = list[dict[str, Any]]
 
 def make_tree(folder: Path) -> Tree:
     """A small package with a bug in it."""
-    for path, data in {"mod.py": GOOD, "tests/test_mod.py": TEST}.items():
+    for path, data in {"mod.py": GOOD, "tests/test_mod.py": TEST, **_others()}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
-    for number in range(FILLER):
-        (folder / f"other_{number}.py").write_bytes(GOOD * 40)
     return Tree(folder, {"mod.py": BAD})
 
 
@@ -52,8 +51,10 @@ async def measure(
     rounds: int = 30,
     slots: int = 4,
     container: ContainerConfig | None = None,
+    peers: Sequence[tuple[str, Path]] = (),
 ) -> dict[str, Any]:
-    """`{"rows": [{"name", "measure", "value", "ratio"}], "unavailable": {NAME: why}}`.
+    """`{"rows": [{"name", "measure", "value", "ratio"}], "unavailable": {NAME: why}}`, and, with
+    `peers` (name, interpreter), `"peers": {NAME VERSION: {MEASURE: ours beside theirs}}`.
 
     Values are milliseconds (medians), or episodes a second; `ratio` is to the same measure of a
     fresh container, above 1 where the row is better; None where there is nothing to compare.
@@ -81,7 +82,39 @@ async def measure(
                 continue
             rows += [_row(name, measure, value, plain) for measure, value in found.items()]
         rows += [_row("docker create+start", m, v, {}) for m, v in plain.items()]
-    return {"rows": rows, "unavailable": unavailable}
+    ours = {row["measure"]: row["value"] for row in rows if row["name"] == "docker"}
+    beside: dict[str, dict[str, float]] = {}
+    for name, python in peers:
+        try:
+            found = await asyncio.to_thread(_peer, name, python, hosts, rounds, slots)
+        except (SandboxBroken, InputError) as error:
+            unavailable[name] = str(error)
+            continue
+        label = f"{name} {found.pop('version')}"
+        rows += [_row(label, measure, value, plain) for measure, value in found.items()]
+        if ours:
+            beside[label] = {
+                "episodes/s": round(ours["episodes/s"] / found["episodes/s"], 2),
+                "lease ms": round(found["fresh ms"] / ours["lease ms"], 2),
+                "exec ms": round(found["exec ms"] / ours["exec ms"], 2),
+            }
+    return {"rows": rows, "unavailable": unavailable, "peers": beside}
+
+
+def _peer(
+    name: str, python: Path, hosts: Sequence[DockerHost], rounds: int, slots: int
+) -> dict[str, Any]:
+    engine = engine_for(hosts[0] if hosts else DockerHost(), LIMITS)
+    try:
+        files = {"mod.py": BAD, "tests/test_mod.py": TEST, **_others()}
+        fix = ("mod.py", GOOD)
+        return measure_peer(name, python, engine, files, fix, TESTS, max(slots, rounds // 3), slots)
+    finally:
+        engine.disconnect()
+
+
+def _others() -> dict[str, bytes]:
+    return {f"other_{number}.py": GOOD * 40 for number in range(FILLER)}
 
 
 def _row(name: str, measure: str, value: float, plain: dict[str, float]) -> dict[str, Any]:
@@ -89,7 +122,7 @@ def _row(name: str, measure: str, value: float, plain: dict[str, float]) -> dict
     ratio = None
     if base and value:
         ratio = value / base if measure == "episodes/s" else base / value
-    if measure not in ("lease ms", "reset ms", "episodes/s"):
+    if measure not in ("lease ms", "reset ms", "fresh ms", "episodes/s"):
         ratio = None
     return {
         "name": name,
@@ -190,8 +223,7 @@ def fresh_containers(
             began = time.perf_counter()
             engine.exec(name, ["true"])
             exec_took.append(time.perf_counter() - began)
-            files = {"mod.py": BAD, "tests/test_mod.py": TEST}
-            files |= {f"other_{n}.py": GOOD * 40 for n in range(FILLER)}
+            files = {"mod.py": BAD, "tests/test_mod.py": TEST, **_others()}
             engine.exec(name, ["tar", "-x"], _tar(files))
             pytest = ["env", f"PYTHONPATH={HOME_INSIDE}", "python3", "-m", "pytest", "-q", *TESTS]
             engine.exec(name, pytest)

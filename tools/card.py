@@ -12,14 +12,12 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import write_atomic
-from rl.run_folder import read_run
 from sandbox.generate import MIN_LINES, fingerprints_of, modules
 from sandbox.mined import Mined
 from sandbox.mutate import functions
 from sandbox.packages import Package, fetch
 from sandbox.shipped import ungroup
 from sandbox.task_index import NAMED, Line, read_index, releases_of, source_of
-from tools.card_plot import bars
 from tools.progress import progress
 
 SIZES = (1, 2, 5, 10, 20, 50)  # changed lines of a fix
@@ -184,6 +182,8 @@ def _buckets(values: Sequence[float], edges: Sequence[float], form: str) -> dict
 def _taught(run: Path, lines: Sequence[Line]) -> dict[str, tuple[int, int]]:
     names = {line.name for line in lines}
     solved: dict[str, tuple[int, int]] = {}
+    from rl.run_folder import read_run  # with numpy, which `remend tasks` does without
+
     for episode in read_run(run).episodes:
         if episode.policy == "teacher" and episode.task in names:
             won, tries = solved.get(episode.task, (0, 0))
@@ -230,6 +230,8 @@ def _write(out: Path, index: str, facts: Mapping[str, Any]) -> None:
         "operator": "How the bug was made",
     }
     for key, title in titles.items():
+        from tools.card_plot import bars
+
         write_atomic(folder / f"{key}.svg", bars(title, facts[key]))
         text += [f"## {title}", "", f"![{title}]({folder.name}/{key}.svg)", ""]
         text += [*_rows(("", "tasks"), facts[key].items()), ""]

@@ -15,6 +15,7 @@ from sandbox.backends import BACKENDS, make_pool
 from sandbox.base import ExecResult, Limits, Tree
 from sandbox.docker import ContainerConfig, DockerHost
 from sandbox.measure import measure
+from sandbox.peers import PEERS, parse_peer
 from sandbox.probe import check
 
 
@@ -37,6 +38,13 @@ def main(argv: list[str]) -> int:
     benching.add_argument("--backend", choices=BACKENDS[1:], action="append", help="all by default")
     benching.add_argument("--rounds", type=int, default=30, help="of each measure (%(default)s)")
     benching.add_argument("--slots", type=int, default=4, help="at one time (%(default)s)")
+    benching.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"with docker: another project's environment ({', '.join(PEERS)}), by its interpreter",
+    )
     _common(benching)
 
     options = parser.parse_args(argv)
@@ -97,7 +105,14 @@ def _bench(options: argparse.Namespace) -> int:
         raise InputError("--rounds must be at least 3, and --slots at least 1")
     names = options.backend or list(BACKENDS[1:])
     found = asyncio.run(
-        measure(names, options.hosts, options.rounds, options.slots, _container(options))
+        measure(
+            names,
+            options.hosts,
+            options.rounds,
+            options.slots,
+            _container(options),
+            [parse_peer(text) for text in options.peer],
+        )
     )
     if options.json:
         print(json.dumps(found))
@@ -106,6 +121,8 @@ def _bench(options: argparse.Namespace) -> int:
         for row in found["rows"]:
             ratio = "" if row["ratio"] is None else f"{row['ratio']:>8.1f}"
             print(f"{row['name']:<20} {row['measure']:<12} {row['value']:>10.2f}  {ratio}")
+        for name, ratios in found["peers"].items():
+            print(f"docker beside {name}: " + ", ".join(f"{k} {v:g} x" for k, v in ratios.items()))
         for name, why in found["unavailable"].items():
             print(f"{name}: NOT MEASURED: {why}", file=sys.stderr)
     return 0 if found["rows"] else 1
