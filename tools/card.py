@@ -229,9 +229,9 @@ def _write(out: Path, index: str, facts: Mapping[str, Any]) -> None:
         "tests": "Tests that fail before the fix",
         "operator": "How the bug was made",
     }
-    for key, title in titles.items():
-        from tools.card_plot import bars
+    from tools.card_plot import bars  # with numpy
 
+    for key, title in titles.items():
         write_atomic(folder / f"{key}.svg", bars(title, facts[key]))
         text += [f"## {title}", "", f"![{title}]({folder.name}/{key}.svg)", ""]
         text += [*_rows(("", "tasks"), facts[key].items()), ""]
