@@ -163,9 +163,17 @@ class Engine:
         if missing:
             raise InputError(f"sandbox.hosts: tls: no {missing[0]} in {folder}")
         pair = (str(folder / "cert.pem"), str(folder / "key.pem"))
-        return _docker().tls.TLSConfig(
+        config = _docker().tls.TLSConfig(
             client_cert=pair, ca_cert=str(folder / "ca.pem"), verify=True
         )
+        configure = config.configure_client
+
+        def by_these_alone(client: Any) -> None:
+            configure(client)
+            client.trust_env = False  # or REQUESTS_CA_BUNDLE would take the place of ca.pem
+
+        config.configure_client = by_these_alone
+        return config
 
     # -- the image
 

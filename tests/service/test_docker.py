@@ -386,6 +386,20 @@ def test_an_image_of_the_users(engines, tree, tmp_path, what) -> None:
     assert len(asyncio.run(go())) == 64
 
 
+def test_a_host_is_trusted_by_its_own_authority_alone(tmp_path, monkeypatch) -> None:
+    """Whatever the environment says of other servers'."""
+    import requests
+
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "others.pem"))
+    host = DockerHost("tcp://localhost:2376", tls=str(tmp_path))
+    with requests.Session() as session:
+        Engine(host, LIMITS, ContainerConfig(), "x")._tls().configure_client(session)
+        used = session.merge_environment_settings("https://localhost:2376", {}, None, None, None)
+    assert used["verify"] == str(tmp_path / "ca.pem")
+
+
 def test_the_command_line(engines, tree, capfd) -> None:
     one, _ = engines
     docker = ["--backend", "docker", "--host", one.host.url]
