@@ -29,7 +29,7 @@ from sandbox.isolation import FLAGS, HOME_INSIDE, environment_inside, interprete
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
 LABEL, OWNER, POOL = "remend.sandbox", "remend.owner", "remend.pool"
-KERNEL_THREADS = 128
+KERNEL_THREADS = 128  # of a runtime that has a kernel of its own
 RUNNER_MIB = 128  # for the runner itself, beside what it runs
 MARGIN_MIB = 16  # what the workspace holds beyond its limit, so that this is seen to be broken
 PER_CPU = 32  # sandboxes that share one: they wait for a policy most of the time

@@ -18,6 +18,7 @@ class Member:
       up: whether it is in use; if not, `why`.
       failures: starts of sandboxes that failed, in a row.
       proven: whether a sandbox has started since it was last out of use.
+      outages: how often it was put out of use.
       checked: when it last answered (monotonic seconds).
     """
 

@@ -27,9 +27,10 @@ def parse_peer(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
     if name not in PEERS or not path:
         raise InputError(f"--peer {text}: expected NAME=PYTHON, NAME one of {', '.join(PEERS)}")
-    if not os.access(path, os.X_OK) or Path(path).is_dir():
-        raise InputError(f"--peer {text}: {path} is not an executable file")
-    return name, Path(path).expanduser().absolute()
+    python = Path(path).expanduser().absolute()  # not resolved: a venv is known by its own path
+    if not os.access(python, os.X_OK) or python.is_dir():
+        raise InputError(f"--peer {text}: {python} is not an executable file")
+    return name, python
 
 
 def measure_peer(

@@ -11,11 +11,9 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from configs.errors import InputError
-from configs.files import iter_jsonl
 from sandbox.mutate import apply, mutations
 from sandbox.packages import INDEX, Package, load_packages
 from sandbox.patch import make_patch
@@ -89,14 +87,6 @@ class Made(Row):
             tests=tuple(self.tests),
             python_path=tuple(self.python_path),
         )
-
-
-def read_rows(path: Path = SHIPPED) -> list[Row]:
-    """The lines of an index. Raises InputError, naming the line, for one that is damaged."""
-    return [
-        row_from(Row, record, f"{path}:{number}")
-        for number, record in enumerate(iter_jsonl(path), start=1)
-    ]
 
 
 def row_from(kind: type[T], record: dict[str, Any], where: str) -> T:

@@ -15,10 +15,10 @@ from configs.files import write_atomic
 from sandbox.generate import MIN_LINES, fingerprints_of, modules
 from sandbox.mined import Mined
 from sandbox.mutate import functions
-from sandbox.packages import Package, fetch
+from sandbox.packages import Package
 from sandbox.shipped import ungroup
 from sandbox.task_index import NAMED, Line, read_index, releases_of, source_of
-from tools.progress import progress
+from tools.fetching import fetch_all
 
 SIZES = (1, 2, 5, 10, 20, 50)  # changed lines of a fix
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
@@ -40,16 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     if not lines:
         raise InputError(f"no tasks in {options.index}")
     solved = _taught(options.teach, lines) if options.teach else {}
-    releases = releases_of(lines)
-    with progress("packages") as report:
-        done = 0
-
-        def one(release: object) -> None:
-            nonlocal done
-            done += 1
-            report(done, len(releases), "")
-
-        fetch(releases, one)
+    fetch_all(releases_of(lines))
     facts = describe(lines, solved)
     _write(options.out, options.index, facts)
     if options.json:

@@ -24,6 +24,7 @@ from sandbox.packages import Package, fetch, load_packages
 from sandbox.pins import prepare
 from sandbox.shipped import Made, Row
 from sandbox.task_index import read_index
+from tools.fetching import fetch_all
 from tools.progress import progress
 
 NEWEST = 3  # releases of a package tried, until one can be used
@@ -59,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.packages_from == PINNED:
         every = load_packages()
         _known(options, list(every))
-        _fetch(list(every.values()))
+        fetch_all(list(every.values()))
         usable = list(every.values())
     else:
         usable = _listed(options)
@@ -88,18 +89,6 @@ def _known(options: argparse.Namespace, names: Sequence[str]) -> None:
     for name in options.packages or ():
         if name not in names:
             raise InputError(f"no package {name!r}; there are {', '.join(names)}")
-
-
-def _fetch(packages: Sequence[Package]) -> None:
-    with progress("packages") as report:
-        done = 0
-
-        def one(package: object) -> None:
-            nonlocal done
-            done += 1
-            report(done, len(packages), "")
-
-        fetch(packages, one)
 
 
 # -- the packages of a mining list

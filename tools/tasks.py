@@ -14,12 +14,12 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.files import write_jsonl
 from sandbox.local import LocalPool
-from sandbox.packages import Release, fetch
 from sandbox.task import Task, load_tasks
 from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
 from tools.card import add_card
+from tools.fetching import fetch_all
 from tools.making import add_mutate, table
 from tools.mining import add_mine
 from tools.progress import progress
@@ -153,7 +153,7 @@ def _find(name: str) -> Task:
         return Task.load(Path(name))
     for row in read_index("all"):
         if row.name == name:
-            _fetch(releases_of([row]))
+            fetch_all(releases_of([row]))
             return make(row)
     raise InputError(f"{name}: neither a task directory nor a shipped task (see tasks stats)")
 
@@ -164,7 +164,7 @@ def _find(name: str) -> Task:
 def _rebuild(options: argparse.Namespace) -> int:
     """Make every task of the index again; `build` compares each with its recorded hash."""
     rows = read_index(options.index)[: options.limit]
-    _fetch(releases_of(rows))
+    fetch_all(releases_of(rows))
     digests: dict[str, str] = {}
     with progress("rebuild") as report:
         for row in in_build_order(rows):
@@ -210,18 +210,6 @@ def _stats(options: argparse.Namespace) -> int:
 def _load(index: str, split: str | None = None, limit: int | None = None) -> list[Task]:
     with progress("tasks") as report:
         return load_tasks(index, split, limit, lambda done, total: report(done, total, ""))
-
-
-def _fetch(packages: Sequence[Release]) -> None:
-    with progress("packages") as report:
-        done = 0
-
-        def one(package: object) -> None:
-            nonlocal done
-            done += 1
-            report(done, len(packages), "")
-
-        fetch(packages, one)
 
 
 def _answer(as_json: bool, answer: dict, text: str) -> None:

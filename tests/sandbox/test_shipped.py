@@ -12,7 +12,7 @@ from configs.errors import InputError
 from configs.files import write_jsonl
 from sandbox.generate import fingerprints_of
 from sandbox.packages import fetch, load_packages
-from sandbox.shipped import SHIPPED, Row, group, read_rows, ungroup
+from sandbox.shipped import SHIPPED, Row, group, ungroup
 from sandbox.task import Task, load_tasks
 from sandbox.task_index import read_index
 from tools import cli
@@ -20,7 +20,7 @@ from tools import cli
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return read_rows()
+    return [line for line in read_index("shipped") if isinstance(line, Row)]
 
 
 def have(packages: set[str]) -> None:

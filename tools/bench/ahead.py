@@ -6,8 +6,8 @@ steps behind the warm-up; the final policies are evaluated on the same held-out 
 
 By default tests take what they take here: seconds of CPU, which two cores cannot overlap.
 `--tool-s MEDIAN,P95,MOST` makes each test run wait besides, log-normally and without CPU, as tests
-do that start servers, sleep, or run on other machines. Runs whose
-report is remembered wait as well: the wait stands for the run.
+do that start servers, sleep, or run on other machines. Runs whose report is remembered wait as
+well: the wait stands for the run.
 """
 
 from __future__ import annotations
