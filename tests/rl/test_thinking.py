@@ -153,6 +153,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Wor
     return World(tmp_path_factory.mktemp("world"), tokenizer)
 
 
+@pytest.fixture(scope="module")
+def engine(world: World) -> Engine:
+    return Engine(world.params[0], world.config, slots=2, max_len=384)
+
+
 @pytest.fixture
 def fake(world: World) -> Iterator[FakeSGLang]:
     found = FakeSGLang(world.config).start(world.snapshots[0].folder, "default")
@@ -168,9 +173,14 @@ class Thinks(Renderer):
 
 
 @pytest.mark.parametrize("kind", ["inprocess", "sglang"])
-@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("forced", [True, pytest.param(False, marks=pytest.mark.service)])
 def test_over_a_server(
-    world: World, fake: FakeSGLang, tokenizer: Tokenizer, kind: str, forced: bool
+    world: World,
+    engine: Engine,
+    fake: FakeSGLang,
+    tokenizer: Tokenizer,
+    kind: str,
+    forced: bool,
 ) -> None:
     render = (Thinks if forced else Renderer)(tokenizer, thinking=True)
     ends = render.enough() if forced else []
@@ -188,11 +198,10 @@ def test_over_a_server(
 
     async def go() -> list[Trajectory]:
         if kind == "inprocess":
-            engine = Engine(world.params[0], world.config, slots=2, max_len=512)
             server = InProcessServer(engine, "rl", (STOP,), TEMPERATURE)
-            return [await two_turns(await server.open(seed)) for seed in range(3)]
+            return [await two_turns(await server.open(seed)) for seed in range(2)]
         async with serving(world, [fake]) as sglang:
-            return [await two_turns(await sglang.open(seed)) for seed in range(3)]
+            return [await two_turns(await sglang.open(seed)) for seed in range(2)]
 
     done = asyncio.run(go())
     for found in done:
