@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
+from configs.errors import InputError
 from sandbox.agent_tools import Observation, ToolBox, ToolCall
 from sandbox.base import SandboxBroken, SandboxPool
 from sandbox.task import Task
 from sandbox.verdict import broken_sandbox, judge
 from sft.chat import Malformed, Renderer, parse_calls
 from sft.teacher import SUBMIT, SearchTeacher
-from sft.trajectory import DROPPED, ENVIRONMENT, POLICY, Trajectory, Turn
+from sft.trajectory import DROPPED, ENVIRONMENT, FORCED, POLICY, Trajectory, Turn
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class AgentConfig:
       max_tokens: whole episode, prompt included; also the length of the KV cache.
       max_new_tokens: sampled in one turn.
       temperature: of sampling, in rollouts and evaluations alike.
-      thinking: Qwen3's thinking mode.
+      thinking: Qwen3's thinking mode. What is written inside `<think>` is no tool call.
+      thinking_budget: tokens of one turn after which a `<think>` that is still open is closed, with
+        the words that Qwen3 has for it; 0: none. Counted within `max_new_tokens`.
       declare_tools: put the tools' JSON schemas into the system turn.
     """
 
@@ -35,7 +38,17 @@ class AgentConfig:
     max_new_tokens: int = 96
     temperature: float = 1.0
     thinking: bool = False
+    thinking_budget: int = 0
     declare_tools: bool = False
+
+    def __post_init__(self) -> None:
+        if self.thinking_budget and not self.thinking:
+            raise InputError("agent.thinking_budget goes with agent.thinking: true")
+        if self.thinking_budget and not 0 < self.thinking_budget < self.max_new_tokens:
+            raise InputError(
+                f"agent.thinking_budget must lie in 1..{self.max_new_tokens - 1}, below "
+                "max_new_tokens, which is of the whole turn"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class Session(Protocol):
     """A policy inside one episode."""
 
     async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
-        """The next turn, given what is new: the ids, and the same as texts."""
+        """The next turn, given what is new: the ids, and the same as texts. Where nothing is, or
+        ids without texts, the turn before goes on, which had no end."""
         ...
 
     def close(self) -> None: ...
@@ -102,12 +116,14 @@ class ScriptedSession:
 
     def __init__(self, act: Callable[[Sequence[str]], list[ToolCall]], renderer: Renderer) -> None:
         self._act, self._renderer = act, renderer
+        self._rest: list[int] = []
 
     async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
-        written = self._renderer.reply(self._act(texts))
-        if len(written) > max_new:  # the same limit as a sampled turn
-            return Reply(written[:max_new], [0.0] * max_new, ended=False)
-        return Reply(written, [0.0] * len(written), ended=True)
+        if texts:
+            self._rest = self._renderer.reply(self._act(texts))
+        # the same limit as a sampled turn
+        written, self._rest = self._rest[:max_new], self._rest[max_new:]
+        return Reply(written, [0.0] * len(written), ended=not self._rest)
 
     def close(self) -> None:
         pass
@@ -167,13 +183,13 @@ async def _converse(
             record.stop = "tokens"
             return
         record.add(ids, ENVIRONMENT)
-        reply = await session.reply(ids, texts, budget)
-        record.add(reply.ids, POLICY, reply.logprobs, reply.versions or None)
-        record.weight_version = reply.weight_version
-        text = renderer.tokenizer.decode(reply.ids)
-        turn = Turn(text, [], [])
+        start = len(record.ids)
+        ended = await _sample(record, session, ids, texts, budget, renderer, config)
+        written = record.ids[start:]
+        said = renderer.answer(written)
+        turn = Turn(renderer.tokenizer.decode(written), [], [])
         record.turns.append(turn)
-        for call in parse_calls(text):
+        for call in parse_calls(renderer.tokenizer.decode(said)):
             if isinstance(call, Malformed):
                 observation = Observation(f"error: {call.reason}")
             else:
@@ -185,12 +201,46 @@ async def _converse(
                 return
             if observation.passed:
                 # what else this turn holds was planned for tests that fail
-                unused = _behind(reply.ids, len(turn.observations), renderer)
+                unused = _behind(said, len(turn.observations), renderer)
                 record.author[len(record.ids) - unused :] = [DROPPED] * unused
                 break
         texts = turn.observations
-        ids = renderer.observation(texts, ended=reply.ended)
+        ids = renderer.observation(texts, ended=ended)
     record.stop = "turns"
+
+
+async def _sample(
+    record: Trajectory,
+    session: Session,
+    ids: Sequence[int],
+    texts: Sequence[str],
+    budget: int,
+    renderer: Renderer,
+    config: AgentConfig,
+) -> bool:
+    """One turn of the policy into `record`; whether it ended it itself.
+
+    Qwen's own recipe for a thinking budget: sample as many tokens; if the policy still thinks, put
+    in what ends its thinking; go on with the rest of the turn's tokens.
+    """
+    first = min(config.thinking_budget or budget, budget)
+    reply = await session.reply(ids, texts, first)
+    _add(record, reply)
+    if reply.ended or len(reply.ids) < first or first == budget:
+        return reply.ended
+    forced = renderer.enough() if renderer.thinks(reply.ids) else []
+    left = budget - first - len(forced)
+    if left <= 0:
+        return False
+    record.add(forced, FORCED)
+    reply = await session.reply(forced, [], left)
+    _add(record, reply)
+    return reply.ended
+
+
+def _add(record: Trajectory, reply: Reply) -> None:
+    record.add(reply.ids, POLICY, reply.logprobs, reply.versions or None)
+    record.weight_version = reply.weight_version
 
 
 def _behind(ids: Sequence[int], calls: int, renderer: Renderer) -> int:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from configs.errors import InputError
 from configs.files import iter_jsonl
-from sft.trajectory import ENVIRONMENT
+from sft.trajectory import WRITTEN
 
 Side = TypeVar("Side")
 
@@ -146,7 +146,7 @@ def _of_file(path: Path, run: str) -> Iterator[Episode]:
                     "prompt": str(record.get("prompt", "")),
                 },
                 tokens=len(record.get("ids", ())),
-                sampled=sum(a != ENVIRONMENT for a in record.get("author", ())),
+                sampled=sum(a in WRITTEN for a in record.get("author", ())),
                 tool_counts=record.get("tool_counts", counts),
                 run=run,
             )

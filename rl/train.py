@@ -29,7 +29,7 @@ from rl.learning import Learning, RLConfig
 from rl.rollout import Episode
 from sandbox.task import Task
 from sft.tracking import Tracker
-from sft.trajectory import ENVIRONMENT, Trajectory, load, save
+from sft.trajectory import WRITTEN, Trajectory, load, save
 
 Rollout = Callable[[Sequence[Episode]], Coroutine[Any, Any, list[Trajectory]]]
 Publish = Callable[[Params, int], Awaitable[None] | None]
@@ -215,7 +215,7 @@ def episode_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         "rl/reward": sum(t.reward for t in flat),
         "rl/success": sum(t.success for t in flat),
         "rl/informative": sum(len({t.reward for t in group}) > 1 for group in groups),
-        "rl/tokens": sum(a != ENVIRONMENT for t in flat for a in t.author),
+        "rl/tokens": sum(a in WRITTEN for t in flat for a in t.author),
         "rl/turns": sum(len(t.turns) for t in flat),
         "rl/submitted": sum(t.stop == "submit" for t in flat),
     }

@@ -52,6 +52,12 @@ _TOOLS_TAIL = (
     'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, '
     '"arguments": <args-json-object>}\n</tool_call>'
 )
+# What Qwen3 is told when its thinking has used up its budget: the documentation's
+# getting_started/thinking_budget.md, and section 4.3 of the technical report, arXiv 2505.09388.
+_ENOUGH = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
+    "thinking directly now.\n</think>\n\n"
+)
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
@@ -134,6 +140,26 @@ class Renderer:
             ids += self._marked(f"{lead}<tool_call>\n") + self._plain(call_text(call))
             ids += self._marked("\n</tool_call>")
         return ids + self._marked("<|im_end|>")
+
+    def thinks(self, ids: Sequence[int]) -> bool:
+        """Whether a turn that begins with `ids` is inside a `<think>` block."""
+        opening, closing = (self.tokenizer.id(tag) for tag in ("<think>", "</think>"))
+        last = next((i for i in reversed(ids) if i in (opening, closing)), closing)
+        return self.thinking and last == opening
+
+    def enough(self) -> list[int]:
+        """Ids that end a `<think>` block for the policy."""
+        return self._marked(_ENOUGH)
+
+    def answer(self, ids: Sequence[int]) -> list[int]:
+        """A turn's ids behind its thinking; none while it thinks. All where there is no thinking
+        mode."""
+        if not self.thinking:
+            return list(ids)
+        closing = self.tokenizer.id("</think>")
+        if self.thinks(ids):
+            return []
+        return list(ids[max((n for n, i in enumerate(ids, 1) if i == closing), default=0) :])
 
     def _opening(self) -> str:
         opening = "<|im_start|>assistant\n"

@@ -12,7 +12,8 @@ from configs.errors import InputError
 from configs.files import read_jsonl, read_record, write_atomic
 
 # Who wrote a token; the policy also writes what is then not carried out, and carries no loss.
-ENVIRONMENT, POLICY, DROPPED = 0, 1, 2
+ENVIRONMENT, POLICY, DROPPED, FORCED = 0, 1, 2, 3
+WRITTEN = (POLICY, DROPPED)  # by the policy itself
 
 
 @dataclass
@@ -31,10 +32,11 @@ class Trajectory:
     Attributes:
       ids: every token of the episode, prompt first.
       author: for each id, `POLICY` (sampled, trained on), `ENVIRONMENT`, or `DROPPED`: sampled, but
-        calls behind a test run that passed, which had no effect and are not trained on.
-      logprobs: for each id, its sampling log-probability in nats (0.0 where the environment wrote).
+        calls behind a test run that passed, which had no effect and are not trained on; or
+        `FORCED`: put into the policy's turn to end its thinking, and not trained on.
+      logprobs: for each id, its sampling log-probability in nats (0.0 where it was not sampled).
       weight_version: version of the weights that sampled its end; -1 for a policy without weights.
-      versions: the same for each id; -1 where the environment wrote.
+      versions: the same for each id; -1 where it was not sampled.
       reward: 1.0 for a passing verdict, else 0.0.
       stop: why the episode ended: "submit", "turns", "tokens", or "sandbox" if that broke.
     """

@@ -226,13 +226,13 @@ def simulate(
 def measure(run: Path, tokens_per_s: float) -> list[list[tuple[float, float]]]:
     """The turns of a run's RL episodes as (tokens, seconds in the sandbox): what an episode took
     beyond sampling at `tokens_per_s` is shared out evenly among its turns and verdict."""
-    from sft.trajectory import ENVIRONMENT, load
+    from sft.trajectory import WRITTEN, load
 
     found = []
     for path in sorted((run / "trajectories").glob("rl-*.jsonl")):
         for trajectory in load(path):
             tokens: Counter[int] = Counter(n for n in trajectory.turn_of_ids() if n >= 0)
-            sampled = sum(author != ENVIRONMENT for author in trajectory.author)
+            sampled = sum(author in WRITTEN for author in trajectory.author)
             rest = max(0.0, trajectory.seconds - sampled / tokens_per_s)
             tool_s = rest / (len(tokens) + 1)
             found.append([(float(count), tool_s) for _, count in sorted(tokens.items())])

@@ -27,13 +27,13 @@ from model.config import Qwen3Config
 from model.hf_names import tensors
 from model.qwen3 import bind, init
 
-LENGTH = 64
+LENGTH = 64  # what is computed is padded to multiples
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: Qwen3Config, params: Any, ids: jax.Array) -> jax.Array:
     model = bind(config, params)
-    hidden, _ = model(ids[None], jnp.arange(LENGTH)[None])
+    hidden, _ = model(ids[None], jnp.arange(len(ids))[None])
     return hidden[0] @ model.head()
 
 
@@ -41,7 +41,7 @@ def all_logprobs(
     config: Qwen3Config, params: Any, ids: list[int], temperature: float
 ) -> np.ndarray:
     """Of every vocabulary entry behind each prefix, [len(ids), V]."""
-    padded = jnp.array(ids + [0] * (LENGTH - len(ids)))
+    padded = jnp.array(ids + [0] * (-len(ids) % LENGTH))
     logits = np.asarray(_logits(config, params, padded))[: len(ids)].astype(np.float64)
     logits /= temperature
     logits -= logits.max(-1, keepdims=True)

@@ -121,16 +121,15 @@ WANT = {method: update(method, episodes(), ALONE) for method in METHODS}
         Shape(64, 48, 12),  # several episodes a row, more padding behind and whole rows of it
         Shape(40, 0, 4),  # a slot for every token
         Shape(24, 16, 1),  # a microbatch for every row
-        Shape(48, 40, 3),
     ],
-    ids=["packed", "dense", "one-row", "several"],
+    ids=["packed", "dense", "one-row"],
 )
 def test_packing_padding_and_microbatches(method: str, shape: Shape) -> None:
     same(method, episodes(), shape)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(random=st.randoms())
 def test_order_of_groups_and_within_them(method: str, random) -> None:
     groups = episodes()

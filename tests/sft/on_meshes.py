@@ -1,7 +1,7 @@
 """Run by tests/sft/test_mesh.py in processes of its own: one step on many meshes and on one
 device.
 
-    on_meshes.py FOLDER {meshes,random,hosts} [PORT PROCESS]
+    on_meshes.py FOLDER {meshes,random,losses,hosts} [PORT PROCESS]
 
 ``hosts``: this is one of two processes of four devices each. Otherwise one process has eight.
 """
@@ -26,7 +26,8 @@ from model.checkpoint import Checkpoints  # noqa: E402
 from model.config import Qwen3Config  # noqa: E402
 from model.lora import Lora, add_adapters  # noqa: E402
 from model.sharding import make_mesh  # noqa: E402
-from sft.learner import Learner  # noqa: E402
+from rl.loss import LossConfig, loss_of_rows  # noqa: E402
+from sft.learner import Learner, Loss  # noqa: E402
 from sft.packing import Example, Rows, microbatches, pack  # noqa: E402
 from tests.model.conftest import SMALL, random_params  # noqa: E402
 
@@ -51,18 +52,33 @@ def loss(logprob, entropy, rows):
     return value, {"entropy": (rows.weight * entropy).sum()}
 
 
+LOSSES = {
+    "grpo": LossConfig(aggregate="sequence", kl_coef=0.04),
+    "dr-grpo": LossConfig(aggregate="constant", horizon=16),
+    "dapo": LossConfig(clip_high=0.28, entropy_coef=0.01),
+    "gspo": LossConfig(objective="gspo", aggregate="sequence", clip_low=0.1, clip_high=0.1),
+    "cispo": LossConfig(objective="cispo", clip_low=1.0),
+}
+
+
 def batch(config: Qwen3Config, dense: bool) -> list[Rows]:
-    """Three microbatches of packed random examples; dense: a slot for every token."""
+    """Three microbatches of packed random examples; dense: a slot for every token. Of policy
+    tokens alone, near the probability of chance, where the loss is one of RL's."""
     rng = np.random.default_rng(0)
     examples = []
     for n in rng.integers(4, TOKENS + 1, 45):
         weight = rng.random(n) * (rng.random(n) < 0.7)
-        examples.append(Example(rng.integers(0, config.vocab_size, n), weight))
+        if WHAT == "losses":
+            weight = (weight > 0) * 1.0
+        old, advantage = -np.log(config.vocab_size) + rng.normal(0, 0.3, n), rng.normal()
+        examples.append(
+            Example(rng.integers(0, config.vocab_size, n), weight, old, [advantage] * n)
+        )
     rows = pack(examples, TOKENS, 0 if dense else TOKENS)
     return microbatches(rows.select(slice(0, 3 * ROWS - 2)), ROWS)
 
 
-def updated(config: Qwen3Config, axes: dict[str, int] | None):
+def updated(config: Qwen3Config, axes: dict[str, int] | None, loss: Loss = loss):
     """The state after a step of plain gradient descent at rate 1, and its metrics."""
     axes = axes or {}
     split = axes.get("context", 1) > 1
@@ -79,9 +95,11 @@ def updated(config: Qwen3Config, axes: dict[str, int] | None):
     return state, metrics
 
 
-def compare(name: object, config: Qwen3Config, axes: dict[str, int], want) -> None:
+def compare(
+    name: object, config: Qwen3Config, axes: dict[str, int], want, loss: Loss = loss
+) -> None:
     """Every piece that lies here, to 1e-5."""
-    state, metrics = updated(config, axes)
+    state, metrics = updated(config, axes, loss)
     for key, value in want[1].items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=f"{name}: {key}")
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
@@ -148,5 +166,14 @@ def random() -> None:
         compare((trial, axes, config), config, axes, want)
 
 
+def losses() -> None:
+    """Every loss of RL where rows, and where the tokens of a sequence, lie on several devices."""
+    for name, config in LOSSES.items():
+        rule = loss_of_rows(config)
+        want = jax.tree.map(np.asarray, updated(MODEL, None, rule))
+        for axes in ({"data": 4, "fsdp": 2}, {"fsdp": 2, "context": 4}):
+            compare((name, axes), MODEL, axes, want, rule)
+
+
 if __name__ == "__main__":
-    random() if WHAT == "random" else meshes()
+    {"random": random, "losses": losses}.get(WHAT, meshes)()

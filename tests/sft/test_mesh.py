@@ -29,7 +29,13 @@ def _start(*args: object) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("what", ["meshes", pytest.param("random", marks=pytest.mark.service)])
+LATER = pytest.mark.service
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["meshes", pytest.param("random", marks=LATER), pytest.param("losses", marks=LATER)],
+)
 def test_eight_devices_compute_what_one_does(what, tmp_path):
     done = _start(tmp_path, what)
     out = done.communicate(timeout=600)[0]
