@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +15,15 @@ from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
 from model.copying import copying_init
 from model.qwen3 import Params
-from sft.chat import Renderer
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
-from sft.packing import Example, microbatches, pack
-from sft.synthetic import Function, MixConfig, RepairEpisodes
+from sft.packing import microbatches
+from sft.pretrain_rows import RowsAhead, RowsConfig, StepRows
+from sft.synthetic import MixConfig
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(RowsConfig):
     """Attributes:
     start: a Hugging Face folder to go on from, weights and tokenizer; empty: from scratch.
     libraries: installed packages, by import name, whose functions are learnt from as well.
@@ -31,16 +31,13 @@ class PretrainConfig:
     steps: updates, each of `batch_rows` packed rows of `row_tokens`.
     """
 
-    model: Qwen3Config
+    model: Qwen3Config = field(kw_only=True)
     start: str = ""
     devices: int = 1
     vocab_size: int = 4096
     libraries: tuple[str, ...] = ()
     tokenizer_functions: int = 4000
     steps: int = 2400
-    batch_rows: int = 8
-    row_tokens: int = 768
-    row_targets: int = 384
     checkpoint_every: int = 200
     mix: MixConfig = field(default_factory=MixConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -48,8 +45,7 @@ class PretrainConfig:
 
 def pretrain(
     config: PretrainConfig,
-    functions: Sequence[Function],
-    renderer: Renderer,
+    source: StepRows | RowsAhead,
     run: Path,
     *,
     seed: int,
@@ -57,8 +53,8 @@ def pretrain(
     mesh: Mesh | None = None,
     on_step: Callable[[int, int, dict[str, float]], None] = lambda *_: None,
 ) -> Params:
-    """Train on synthetic episodes over `functions`, from `start` or else from scratch; resumes
-    where it was cut off."""
+    """Train on the rows of `source`, from `start` or else from scratch; resumes where it was cut
+    off."""
     learner = Learner(config.model, config.optimizer.build(config.steps), nll, mesh)
     metrics = Metrics(run)
     checkpoints = Checkpoints(run / "checkpoints" / "pretrain")
@@ -67,42 +63,19 @@ def pretrain(
     if restored is not None:
         state = learner.place(TrainState(**restored))
     metrics.rewind("pretrain", int(state.step))
-    for step in range(int(state.step), config.steps):
-        began = time.monotonic()
-        rows = pack(_batch(config, functions, renderer, seed, step), *_shape(config))
-        full = np.argsort(-(rows.segments > 0).sum(axis=1), kind="stable")[: config.batch_rows]
-        batch = rows.select(np.sort(full))
+    first = int(state.step)
+    began = time.monotonic()
+    for step, batch in enumerate(source.between(first, config.steps), first):
         state, values = learner.step(state, microbatches(batch, config.batch_rows))
         tokens = float((batch.segments > 0).sum())
         values = {f"pretrain/{name}": value for name, value in values.items()}
         values |= {"pretrain/tokens": tokens}
-        values |= {"time/tokens_per_s": tokens / (time.monotonic() - began)}
+        now = time.monotonic()
+        values |= {"time/tokens_per_s": tokens / (now - began)}
+        began = now
         metrics.write("pretrain", step + 1, values)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(step + 1, state._asdict())
         on_step(step + 1, config.steps, values)
     checkpoints.close()
     return jax.tree.map(np.asarray, state.params)
-
-
-def _shape(config: PretrainConfig) -> tuple[int, int]:
-    return config.row_tokens, config.row_targets
-
-
-def _batch(
-    config: PretrainConfig,
-    functions: Sequence[Function],
-    renderer: Renderer,
-    seed: int,
-    step: int,
-) -> list[Example]:
-    """Enough examples for one update; a function of (seed, step), so that a resumed run agrees."""
-    episodes = RepairEpisodes(functions, renderer, seed * 1_000_003 + step, config.mix)
-    wanted = config.batch_rows * config.row_tokens * 11 // 10
-    found: list[Example] = []
-    while sum(len(e.ids) for e in found) < wanted:
-        example = episodes.example()
-        targets = sum(1 for w in example.weight if w)
-        if len(example.ids) <= config.row_tokens and targets <= config.row_targets:
-            found.append(example)
-    return found

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     from model.tokenizer import Tokenizer, train
     from sft.chat import FRAGMENTS, Renderer
     from sft.pretrain import PretrainConfig, pretrain
+    from sft.pretrain_rows import RowsAhead, StepRows
     from sft.synthetic import corpus_texts
 
     config = load(PretrainConfig, args.config, args.overrides)
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
     start = load_hf(Path(config.start)) if config.start else None
     if start and start.config.to_hf() != config.model.to_hf():
         raise InputError(f"{config.start} holds a model of another shape than {args.config}")
-    functions = _functions(config.libraries)
+    read = args.out / "functions.jsonl.gz"
+    functions = _functions_once(read, config.libraries)
     saved = args.out / "tokenizer"
     if start:
         start.tokenizer.save(saved)
@@ -63,11 +65,15 @@ def main(argv: list[str]) -> int:
         drawn = random.Random(args.seed).sample(functions, config.tokenizer_functions)
         train(corpus_texts(drawn), config.vocab_size, FRAGMENTS).save(saved)
     tokenizer = Tokenizer.load(saved)
+    source: StepRows | RowsAhead
+    if config.workers:
+        source = RowsAhead(config, config.mix, read, saved, args.seed)
+    else:
+        source = StepRows(config, config.mix, functions, Renderer(tokenizer), args.seed)
     with progress("pre-training") as report:
         params = pretrain(
             config,
-            functions,
-            Renderer(tokenizer),
+            source,
             args.out,
             seed=args.seed,
             start=start.params if start else None,
@@ -78,6 +84,17 @@ def main(argv: list[str]) -> int:
     outcome = {"functions": len(functions), "policy": str(args.out / "policy")}
     print(json.dumps(outcome) if args.json else f"policy: {outcome['policy']}")
     return 0
+
+
+def _functions_once(path: Path, libraries: Sequence[str]) -> list:
+    """`_functions`, read from `path` by a run that goes on."""
+    from sft.pretrain_rows import read_functions, write_functions
+
+    if path.exists():
+        return read_functions(path)
+    found = _functions(libraries)
+    write_functions(path, found)
+    return found
 
 
 def _functions(libraries: Sequence[str]) -> list:

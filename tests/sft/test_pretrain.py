@@ -15,6 +15,7 @@ from model.tokenizer import Tokenizer
 from sft.chat import Renderer
 from sft.learner import OptimizerConfig
 from sft.pretrain import PretrainConfig, pretrain
+from sft.pretrain_rows import RowsAhead, RowsConfig, StepRows, read_functions, write_functions
 from sft.synthetic import Function, MixConfig, extract
 from tests.model.conftest import SMALL
 from tests.runs import steps_of
@@ -40,16 +41,17 @@ def _config(tokenizer: Tokenizer) -> PretrainConfig:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    config, renderer = _config(tokenizer), Renderer(tokenizer)
-    whole = pretrain(config, FUNCTIONS, renderer, tmp_path / "whole", seed=3)
+    config = _config(tokenizer)
+    rows = StepRows(config, config.mix, FUNCTIONS, Renderer(tokenizer), 3)
+    whole = pretrain(config, rows, tmp_path / "whole", seed=3)
 
     def die(done: int, *_: object) -> None:
         if done == 3:
             raise Killed
 
     with pytest.raises(Killed):
-        pretrain(config, FUNCTIONS, renderer, tmp_path / "cut", seed=3, on_step=die)
-    resumed = pretrain(config, FUNCTIONS, renderer, tmp_path / "cut", seed=3)
+        pretrain(config, rows, tmp_path / "cut", seed=3, on_step=die)
+    resumed = pretrain(config, rows, tmp_path / "cut", seed=3)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
@@ -59,6 +61,22 @@ def test_it_begins_with_the_policy_it_is_given(tmp_path: Path, tokenizer: Tokeni
     """All zeros: every token is as likely as any other, whatever the examples are."""
     config = replace(_config(tokenizer), steps=1)
     start = jax.tree.map(np.zeros_like, init(config.model, 0))
-    pretrain(config, FUNCTIONS, Renderer(tokenizer), tmp_path, seed=3, start=start)
+    rows = StepRows(config, config.mix, FUNCTIONS, Renderer(tokenizer), 3)
+    pretrain(config, rows, tmp_path, seed=3, start=start)
     (step,) = steps_of(tmp_path)
     assert step["pretrain/loss"] == pytest.approx(np.log(tokenizer.vocab_size), rel=1e-5)
+
+
+def test_rows_made_ahead_by_other_processes_are_those_made_in_turn(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    config, mix = RowsConfig(batch_rows=2, row_tokens=384, row_targets=192, workers=2), MixConfig()
+    tokenizer.save(tmp_path / "tokenizer")
+    write_functions(tmp_path / "functions.gz", FUNCTIONS)
+    assert read_functions(tmp_path / "functions.gz") == FUNCTIONS
+    ahead = RowsAhead(config, mix, tmp_path / "functions.gz", tmp_path / "tokenizer", 3)
+    in_turn = StepRows(config, mix, FUNCTIONS, Renderer(tokenizer), 3)
+    pairs = list(zip(ahead.between(2, 14), in_turn.between(2, 14), strict=True))
+    assert len(pairs) == 12
+    for a, b in pairs:
+        jax.tree.map(np.testing.assert_array_equal, a, b)
