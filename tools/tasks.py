@@ -19,6 +19,7 @@ from sandbox.task_index import NAMED, in_build_order, make, read_index, releases
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
 from tools.card import add_card
+from tools.exporting import add_export
 from tools.fetching import fetch_all
 from tools.importing import add_import
 from tools.making import add_mutate, table
@@ -29,7 +30,7 @@ BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mine,mutate,import,verify,judge,rebuild,stats,card}`."""
+    """Run `remend tasks {mine,mutate,import,verify,judge,rebuild,export,stats,card}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     names = ", ".join(NAMED)
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     mining = add_mine(verbs)
     carding = add_card(verbs)
     importing = add_import(verbs)
+    exporting = add_export(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
@@ -64,7 +66,8 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, mining, proving, judging, building, counting, carding, importing):
+    every = (making, mining, proving, judging, building, counting, carding, importing, exporting)
+    for verb in every:
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for verb in (making, mining, proving, judging, importing):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
