@@ -185,6 +185,15 @@ def test_rows_with_their_repository_run_here(
     patch.write_text(diff(TESTS, NEW_TESTS, "def test_empty():\n    pass\n"))
     assert run(capsys, "judge", out / "acme__calc-7", patch)[1]["verdict"] == "fail"
 
+    # an archive that is not the one the task names is never unpacked
+    shutil.copytree(out / "acme__calc-7", tmp_path / "bad" / "acme__calc-7")
+    shutil.rmtree(tmp_path / "cache")
+    (archive,) = (tmp_path / "bad/acme__calc-7/environment").glob("*.tar.gz")
+    archive.unlink()
+    archive.write_bytes(b"other")
+    code, _, err = run(capsys, "verify", "--index", tmp_path / "bad")
+    assert code == 2 and "is pinned for acme__calc" in err
+
     # the same again changes nothing; another task of that name is refused
     source = rows(tmp_path / "again.jsonl", swe_bench(buggy))
     code, answer, _ = run(capsys, "import", source, "--out", out, "--repo-dir", folder)
