@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxPool, TestReport, Tree
 from sandbox.coverage import Coverage, coverage
-from sandbox.mutate import REVERSIBLE, Edit, apply, functions, mutations
+from sandbox.mutate import Edit, FunctionSpan, apply, can_be_undone, functions, mutations
 from sandbox.packages import Package
 from sandbox.shipped import Row, group, task_name
 from sandbox.source import Code
@@ -48,7 +48,7 @@ class Target:
     """A function to be mutated, its mutations not yet tried, and the tests that execute it."""
 
     module: str
-    function: str
+    span: FunctionSpan
     source: str
     edits: list[tuple[int, Edit]]
     tests: list[str]
@@ -149,7 +149,7 @@ def _targets(
             near = _quickest(others, measured, NEIGHBOURS, 0.05)
             edits = list(enumerate(mutations(source, span.name)))
             if chosen and edits:
-                yield Target(module, span.name, source, edits, chosen, near)
+                yield Target(module, span, source, edits, chosen, near)
 
 
 def _plain(id: str) -> bool:
@@ -189,17 +189,9 @@ def _choose(
             ),
         )
         ordinal, edit = target.edits.pop(at)
-        if _can_be_undone(target, edit) or rng.random() < plan.one_way:
+        if can_be_undone(target.source, target.span, edit) or rng.random() < plan.one_way:
             return ordinal, edit
     return None
-
-
-def _can_be_undone(target: Target, edit: Edit) -> bool:
-    """Whether the operators, applied to the buggy function, give the original again."""
-    if edit.operator in REVERSIBLE:
-        return True
-    again = mutations(apply(target.source, edit), target.function)
-    return any(back.line == edit.line and back.new == edit.old for back in again)
 
 
 async def _try(
@@ -243,12 +235,12 @@ async def _try(
         return None
     digest = hashlib.sha256(buggy).hexdigest()
     return Row(
-        name=task_name(package.name, target.function, edit.operator, digest),
+        name=task_name(package.name, target.span.name, edit.operator, digest),
         package=package.name,
         version=package.version,
         split=package.split,
         module=target.module,
-        function=target.function,
+        function=target.span.name,
         operator=edit.operator,
         ordinal=ordinal,
         sha256=digest,

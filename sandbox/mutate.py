@@ -21,7 +21,8 @@ from sandbox.operators import OPERATORS, REVERSIBLE, Scope
 from sandbox.source import Code, Cut, FunctionNode, FunctionSpan
 
 __all__ = [
-    "OPERATORS", "REVERSIBLE", "Edit", "FunctionSpan", "apply", "functions", "inverse", "mutations",
+    "OPERATORS", "REVERSIBLE", "Edit", "FunctionSpan", "apply", "can_be_undone", "functions",
+    "inverse", "mutations",
 ]  # fmt: skip
 
 
@@ -87,6 +88,38 @@ def inverse(edit: Edit) -> Edit:
     """The edit that undoes this one."""
     last = edit.line + edit.new.count("\n")
     return Edit(edit.line, last, edit.new, edit.old, edit.operator)
+
+
+def can_be_undone(source: str, span: FunctionSpan, edit: Edit) -> bool:
+    """Whether the operators, applied to the edited function, give the original again.
+
+    As looking for it in `mutations` of the edited source tells, from that function alone.
+    """
+    if edit.operator in REVERSIBLE:
+        return True
+    lines = source.split("\n")
+    lines[edit.line - 1 : edit.end_line] = edit.new.split("\n")
+    code, offset = _alone(lines, span)
+    node = next(node for found, node in code.functions if found.line == span.line - offset)
+    at = edit.line - offset
+    for scope, inner in _walk(Scope(code, node), node):
+        for operator in OPERATORS.values():
+            for cut in operator(scope, inner):
+                if cut is not None and cut.line == at:
+                    line = code.lines[at - 1]
+                    if line[: cut.start] + cut.new + line[cut.end :] == edit.old:
+                        return True
+    return False
+
+
+def _alone(lines: list[str], span: FunctionSpan) -> tuple[Code, int]:
+    """A function without its module, if it parses so, and how many lines come before it."""
+    own = lines[span.line - 1 : span.end_line]
+    before = ["if 1:"] if own[0][:1].isspace() else []
+    try:
+        return Code("\n".join([*before, *own])), span.line - 1 - len(before)
+    except InputError:
+        return Code("\n".join(lines)), 0
 
 
 @lru_cache(maxsize=4)

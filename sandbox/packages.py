@@ -34,13 +34,16 @@ class Release:
     """One source archive, named exactly.
 
     `requirements` are wheels that its tests need, `name==version --hash=sha256:…` each, unpacked
-    into the tree's folder `.requirements`.
+    into the tree's folder `.requirements`. A `carried` one is on no index: the directory of an
+    imported task holds it.
     """
 
     name: str
     version: str
     sha256: str
     requirements: tuple[str, ...] = field(default=(), kw_only=True)
+    # not in the repr, which names measurements that are kept
+    carried: bool = field(default=False, kw_only=True, repr=False)
 
     @property
     def archive(self) -> Path:
@@ -106,7 +109,7 @@ def load_packages(path: Path = INDEX / "packages.toml") -> dict[str, Package]:
     known = {field.name for field in fields(Package)}
     packages = {}
     for name, row in rows.items():
-        missing = known - {"name", "skip", "requirements"} - set(row)
+        missing = known - {"name", "skip", "requirements", "carried"} - set(row)
         if missing or set(row) - known:
             wrong = sorted(missing or set(row) - known)
             raise InputError(f"{path}: package {name}: missing or unknown keys {wrong}")
@@ -133,6 +136,12 @@ def fetch(
     if not missing:
         return
     absent = [release for release in missing if not _cached(release)]
+    for release in absent:
+        if release.carried:
+            raise InputError(
+                f"{release.name} {release.version} is on no index: its tree is in the directory of "
+                "its task, which must be loaded first"
+            )
     index = PackageIndex(pip_settings()) if absent else None
 
     def work(release: Release) -> Release:

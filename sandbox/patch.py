@@ -28,6 +28,10 @@ class PatchError(InputError):
     """A patch that is not one, that asks for what patches may not do here, or that does not fit."""
 
 
+class BeyondText(PatchError):
+    """A patch that renames, copies, changes modes or binary files: whole, but not for here."""
+
+
 @dataclass(frozen=True)
 class Hunk:
     """`start` is the 0-based index, in the old file, of the first line of `old`."""
@@ -245,8 +249,8 @@ class _Parser:
         """The next line without its end; "" past the last."""
         return self._lines[self._at].removesuffix("\n") if self._at < len(self._lines) else ""
 
-    def _wrong(self, what: str) -> PatchError:
-        return PatchError(f"patch, line {self._at + 1}: {what}: {self._peek()[:80]!r}")
+    def _wrong(self, what: str, kind: type[PatchError] = PatchError) -> PatchError:
+        return kind(f"patch, line {self._at + 1}: {what}: {self._peek()[:80]!r}")
 
     def _file(self) -> FileChange:
         named: str | None = None
@@ -257,11 +261,11 @@ class _Parser:
             while self._at < len(self._lines) and not self._peek().startswith(("--- ", "diff ")):
                 line = self._peek()
                 if line.startswith(_REFUSED):
-                    raise self._wrong("only changes of text are allowed")
+                    raise self._wrong("only changes of text are allowed", BeyondText)
                 if line.startswith(("new file mode ", "deleted file mode ")):
                     creates, deletes = line.startswith("new"), line.startswith("deleted")
                     if creates and not line.endswith(" 100644"):
-                        raise self._wrong("a new file must be an ordinary one")
+                        raise self._wrong("a new file must be an ordinary one", BeyondText)
                 elif not line.startswith("index "):
                     raise self._wrong("not a line of a patch's header")
                 self._at += 1
@@ -290,7 +294,7 @@ class _Parser:
         half = (len(names) - 1) // 2
         old, new = names[:half], names[half + 1 :]
         if not old.startswith("a/") or not new.startswith("b/") or old[2:] != new[2:]:
-            raise self._wrong("expected the same name twice, as a/NAME b/NAME")
+            raise self._wrong("expected the same name twice, as a/NAME b/NAME", BeyondText)
         return check_path(old[2:])
 
     def _name(self, mark: str, prefix: str) -> str | None:

@@ -19,8 +19,8 @@ import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = "1.4"
 INDEX_NAMES = ("shipped", "releases", "all")
+ORIGINS = ("sdist", "carried", "image")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _TEMPLATES = INDEX / "harbor"
 
@@ -66,6 +67,9 @@ class Task:
       bug_patch: unified diff from the pristine release to the buggy one.
       protected: patterns (fnmatch, `*` matches `/`) of paths that a fix may not touch.
       requirements: wheels that the tests need, `name==version --hash=sha256:…` each.
+      origin: "sdist", a release of a package index; "carried", an archive that is nowhere but in
+        the task directory (an imported task's); "image" (`sandbox.image_task`), a container image.
+      provenance: where an imported task comes from, `key=value` each.
     """
 
     name: str
@@ -85,12 +89,18 @@ class Task:
     bug_patch: str
     protected: tuple[str, ...]
     requirements: tuple[str, ...] = ()
+    origin: str = "sdist"
+    provenance: tuple[str, ...] = ()
 
     @property
     def release(self) -> Release:
         """The pinned release that the bug was put into."""
         release = Release(
-            self.package, self.version, self.sdist_sha256, requirements=self.requirements
+            self.package,
+            self.version,
+            self.sdist_sha256,
+            requirements=self.requirements,
+            carried=self.origin == "carried",
         )
         known = load_packages().get(self.package)
         same = known is not None and (known.version, known.sha256) == (
@@ -100,16 +110,15 @@ class Task:
         return known if known is not None and same else release
 
     @cached_property
-    def _buggy(self) -> dict[str, bytes]:
-        changed = apply_patch(self._pristine, self.bug_patch)
-        return {path: data for path, data in changed.items() if data is not None}
+    def _buggy(self) -> dict[str, bytes | None]:
+        return apply_patch(self._pristine, self.bug_patch)
 
     def _pristine(self, path: str) -> bytes | None:
         file = self.release.tree / path
         return file.read_bytes() if file.is_file() else None
 
-    def files(self) -> dict[str, bytes]:
-        """The buggy files: what lies over the pristine tree.
+    def files(self) -> dict[str, bytes | None]:
+        """The buggy files: what lies over the pristine tree; None where a file is missing.
 
         Raises InputError when the bug does not fit the release.
         """
@@ -124,8 +133,7 @@ class Task:
     def gold_patch(self) -> str:
         """The way back: for the oracle control only, never for an agent or a teacher."""
         buggy = self.files()
-        pristine = {path: self._pristine(path) for path in buggy}
-        return make_patch(buggy, {p: data for p, data in pristine.items() if data is not None})
+        return make_patch(_present(buggy), _present({p: self._pristine(p) for p in buggy}))
 
     @property
     def digest(self) -> str:
@@ -180,11 +188,10 @@ class Task:
             field.name: getattr(self, field.name)
             for field in fields(self)
             if field.name not in _ELSEWHERE
+            # later additions: left out where they say nothing, or old tasks would get new digests
+            and not (field.name in _OPTIONAL and getattr(self, field.name) == field.default)
         }
-        lines = [f"{key} = {_toml_value(value)}" for key, value in facts.items()]
-        return _TASK_TOML.format(
-            schema=SCHEMA_VERSION, name=self.name, package=self.package, facts="\n".join(lines)
-        )
+        return task_toml(self.name, self.package, facts)
 
     @classmethod
     def load(cls, folder: Path) -> Task:
@@ -195,7 +202,14 @@ class Task:
         config = _read_toml(folder / "task.toml")
         facts = config.get("metadata", {}).get("remend")
         if not isinstance(facts, dict):
-            raise InputError(f"{folder / 'task.toml'}: no [metadata.remend] section")
+            raise InputError(
+                f"{folder / 'task.toml'}: no [metadata.remend] section: "
+                "is it to be taken in by remend tasks import?"
+            )
+        if "image" in facts:
+            from sandbox.image_task import ImageTask
+
+            return ImageTask.read(folder, facts)
         tests = _read_json(folder / "tests" / "tests.json")
         values = {
             **facts,
@@ -204,7 +218,7 @@ class Task:
             "fail_to_pass": tests.get("fail_to_pass"),
             "pass_to_pass": tests.get("pass_to_pass"),
         }
-        task = cls(**_checked(values, folder / "task.toml"))
+        task = cls(**checked(cls, values, folder / "task.toml"))
         archive = folder / "environment" / task.release.archive.name
         if not archive.is_file():
             raise InputError(f"{archive}: the task's source archive is missing")
@@ -247,7 +261,7 @@ def load_tasks(
             ready[line.name] = Task.load(folder)
         else:
             ready[line.name] = make(line)
-            _save_whole(ready[line.name], folder)
+            save_whole(ready[line.name], folder)
         done(len(ready), len(lines))
     return [ready[line.name] for line in lines]
 
@@ -259,7 +273,7 @@ def _spread(items: list[T], limit: int | None) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _save_whole(task: Task, folder: Path) -> None:
+def save_whole(task: Task, folder: Path) -> None:
     """Save so that the folder is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{task.name}.", dir=folder.parent))
@@ -286,6 +300,7 @@ def _stamp(indexes: tuple[Path, ...]) -> str:
 # the modules whose code decides what a task directory holds
 _DECISIVE = ("task", "shipped", "mined", "changelog", "hunks", "patch")
 _ELSEWHERE = ("instruction", "fail_to_pass", "pass_to_pass", "bug_patch")
+_OPTIONAL = ("origin", "provenance")
 
 _TASK_TOML = """\
 schema_version = "{schema}"
@@ -312,36 +327,60 @@ storage_mb = 2048
 """
 
 
-def _checked(values: dict[str, Any], where: Path) -> dict[str, Any]:
-    checked: dict[str, Any] = {}
-    for field in fields(Task):
-        value = values.get(field.name, [] if field.name == "requirements" else None)
+def task_toml(name: str, package: str, facts: Mapping[str, str | Sequence[str]]) -> str:
+    """Harbor's settings with ours."""
+    return _TASK_TOML.format(
+        schema=SCHEMA_VERSION, name=name, package=package, facts=facts_toml(facts)
+    )
+
+
+def facts_toml(facts: Mapping[str, str | Sequence[str]]) -> str:
+    """The lines of a section of TOML."""
+    return "\n".join(f"{key} = {_toml_value(value)}" for key, value in facts.items())
+
+
+def _present(files: dict[str, bytes | None]) -> dict[str, bytes]:
+    return {path: data for path, data in files.items() if data is not None}
+
+
+def checked(cls: type[Task], values: dict[str, Any], where: Path) -> dict[str, Any]:
+    """What a task's file says, as the fields of `cls`. Raises InputError if it is wrong."""
+    found: dict[str, Any] = {}
+    for field in fields(cls):
+        default = None if field.default is MISSING else field.default
+        value = values.get(field.name, list(default) if default == () else default)
         if field.type == "str":
-            good = isinstance(value, str) and bool(value)
+            good = isinstance(value, str) and (bool(value) or default == "")
+        elif field.type == "Path":
+            good = isinstance(value, Path)
         else:
             listed = value if isinstance(value, list) else [None]
             good = all(isinstance(item, str) and item for item in listed)
             value = tuple(listed)
         if not good:
             raise InputError(f"{where}: {field.name} is missing or of the wrong kind: {value!r}")
-        checked[field.name] = value
-    if set(values) - set(checked):
-        raise InputError(f"{where}: unknown keys {sorted(set(values) - set(checked))}")
-    if not _NAME.fullmatch(checked["name"]):
-        raise InputError(f"{where}: {checked['name']!r} is not a task name")
+        found[field.name] = value
+    if set(values) - set(found):
+        raise InputError(f"{where}: unknown keys {sorted(set(values) - set(found))}")
+    if not _NAME.fullmatch(found["name"]):
+        raise InputError(f"{where}: {found['name']!r} is not a task name")
     for key in ("package", "version"):  # they name files in the cache
-        if not _NAME.fullmatch(checked[key]):
-            raise InputError(f"{where}: {checked[key]!r} is not a {key}")
-    if not re.fullmatch("[0-9a-f]{64}", checked["sdist_sha256"]):
+        if not _NAME.fullmatch(found[key]):
+            raise InputError(f"{where}: {found[key]!r} is not a {key}")
+    if found["origin"] not in ORIGINS:
+        raise InputError(f"{where}: origin must be one of {', '.join(ORIGINS)}")
+    if found["origin"] == "image":  # nothing of it is run here
+        return found
+    if not re.fullmatch("[0-9a-f]{64}", found["sdist_sha256"]):
         raise InputError(f"{where}: sdist_sha256 is not a SHA-256")
-    if any(fnmatchcase(checked["module"], pattern) for pattern in checked["protected"]):
-        raise InputError(f"{where}: the module under repair, {checked['module']}, is protected")
-    if not checked["fail_to_pass"]:
+    if any(fnmatchcase(found["module"], pattern) for pattern in found["protected"]):
+        raise InputError(f"{where}: the module under repair, {found['module']}, is protected")
+    if not found["fail_to_pass"]:
         raise InputError(f"{where}: a task needs at least one failing test")
-    for path in (checked["module"], *checked["python_path"]):
+    for path in (found["module"], *found["python_path"]):
         if path.startswith("/") or ".." in path.split("/"):
             raise InputError(f"{where}: {path!r} leads out of the tree")
-    return checked
+    return found
 
 
 def _link(source: Path, target: Path) -> None:
@@ -357,7 +396,7 @@ def _template(name: str) -> str:
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _toml_value(value: str | tuple[str, ...]) -> str:
+def _toml_value(value: str | Sequence[str]) -> str:
     # JSON strings and arrays are TOML too, but for DEL, which needs an escape there
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sandbox.base import SandboxBroken, SandboxPool, TestReport
 from sandbox.failures import needs_network
+from sandbox.image_task import NeedsImage
 from sandbox.task import Task
 from sandbox.verdict import judge
 
@@ -22,6 +23,7 @@ class Check:
       flips: the task fails before and passes after: it is sound.
       tests: how many tests it has; seconds: the longest of all its runs; runs: how many there were.
       digest: the task's (`Task.digest`): the same on every machine.
+      refused: why it cannot be run here at all; "" if it was.
     """
 
     task: str
@@ -32,6 +34,7 @@ class Check:
     seconds: float
     runs: int
     digest: str
+    refused: str = ""
 
 
 async def verify(task: Task, pool: SandboxPool, repeat: int = 1, seed: int = 0) -> Check:
@@ -41,7 +44,12 @@ async def verify(task: Task, pool: SandboxPool, repeat: int = 1, seed: int = 0) 
     """
     before, after, longest = "fail", "pass", 0.0
     tests = (*task.fail_to_pass, *task.pass_to_pass)
-    tree = task.tree()
+    try:
+        tree = task.tree()
+    except NeedsImage as error:
+        return Check(
+            task.name, "not run", "not run", False, len(tests), 0.0, 0, task.digest, str(error)
+        )
     for time in range(repeat):
         order = seed + time if time else None
         try:

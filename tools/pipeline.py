@@ -39,6 +39,7 @@ from sandbox.agent_tools import TOOLS
 from sandbox.backends import make_pool
 from sandbox.base import Limits
 from sandbox.docker import ContainerConfig, DockerHost
+from sandbox.image_task import ImageTask
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
@@ -421,4 +422,10 @@ def _tasks(config: TaskConfig, split: str, limit: int) -> list[Task]:
     tasks = load_tasks(config.index, split=split, limit=limit or None)
     if not tasks:
         raise InputError(f"no {split} tasks in {config.index}")
+    elsewhere = [task for task in tasks if isinstance(task, ImageTask)]
+    if elsewhere:
+        raise InputError(
+            f"{config.index}: {len(elsewhere)} {split} tasks need container images, "
+            f"which sandboxes cannot run (as {elsewhere[0].name}: {elsewhere[0].image})"
+        )
     return tasks

@@ -19,7 +19,9 @@ from sandbox.task_index import NAMED, in_build_order, make, read_index, releases
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
 from tools.card import add_card
+from tools.exporting import add_export
 from tools.fetching import fetch_all
+from tools.importing import add_import
 from tools.making import add_mutate, table
 from tools.mining import add_mine
 from tools.progress import progress
@@ -28,7 +30,7 @@ BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats,card}`."""
+    """Run `remend tasks {mine,mutate,import,verify,judge,rebuild,export,stats,card}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     names = ", ".join(NAMED)
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> int:
     making = add_mutate(verbs)
     mining = add_mine(verbs)
     carding = add_card(verbs)
+    importing = add_import(verbs)
+    exporting = add_export(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
@@ -62,9 +66,10 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, mining, proving, judging, building, counting, carding):
+    every = (making, mining, proving, judging, building, counting, carding, importing, exporting)
+    for verb in every:
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for verb in (making, mining, proving, judging):
+    for verb in (making, mining, proving, judging, importing):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
     options = parser.parse_args(argv)
     for name in ("limit", "repeat", "jobs", "per_function", "newest", "count"):
@@ -91,17 +96,20 @@ def _verify(options: argparse.Namespace) -> int:
         "tasks": [asdict(check) for check in checks],
         "verified": good,
         "failed": len(checks) - good,
+        "refused": sum(bool(check.refused) for check in checks),
         "repeat": options.repeat,
         "verdicts": sum(check.runs for check in checks),
     }
-    told = [
-        f"{check.task}: before {check.before}, after {check.after}"
-        for check in checks
-        if not check.flips
-    ]
+    told = [_told(check) for check in checks if not check.flips]
     told.append(f"{good} of {len(checks)} tasks fail before and pass after, {options.repeat}x")
     _answer(options.json, answer, "\n".join(told))
     return 0 if good == len(checks) else 1
+
+
+def _told(check: Check) -> str:
+    if check.refused:
+        return f"{check.task}: refused: {check.refused}"
+    return f"{check.task}: before {check.before}, after {check.after}"
 
 
 async def _verify_all(tasks: Sequence[Task], options: argparse.Namespace) -> list[Check]:

@@ -21,6 +21,7 @@ from sandbox.mutate import (
     OPERATORS,
     REVERSIBLE,
     apply,
+    can_be_undone,
     functions,
     inverse,
     mutations,
@@ -58,6 +59,20 @@ def test_reversible_operators_meet_the_original_again() -> None:
             for edit in reversible[:: 1 + len(reversible) // 5]:
                 again = {(e.line, e.new) for e in mutations(apply(source, edit), span.name)}
                 assert (edit.line, edit.old) in again, edit
+
+
+@pytest.mark.parametrize("module", [bisect, shlex])
+def test_whether_a_bug_can_be_undone_is_told_by_its_function_alone(module: ModuleType) -> None:
+    source = inspect.getsource(module)
+    names = Counter(span.name for span in functions(source))
+    for span in functions(source):
+        if names[span.name] > 1 or "<locals>" in span.name:
+            continue
+        edits = mutations(source, span.name)
+        for edit in edits[:: 1 + len(edits) // 3]:
+            again = {(e.line, e.new) for e in mutations(apply(source, edit), span.name)}
+            undone = edit.operator in REVERSIBLE or (edit.line, edit.old) in again
+            assert can_be_undone(source, span, edit) == undone, edit
 
 
 def test_every_operator_occurs_in_the_standard_library() -> None:

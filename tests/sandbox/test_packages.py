@@ -6,6 +6,7 @@ import hashlib
 import io
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,37 @@ def test_a_local_copy_is_used_only_if_it_is_the_pinned_one(index: Path, tmp_path
     copy.write_bytes(sdist(FILES))
     adopt(release(), copy)
     assert (release().tree / "tests/test_mini.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ('<a href="dep-1-py3-none-any.whl" data-yanked="bad">dep-1-py3-none-any.whl</a>', "bad"),
+        ('<a href="dep-2-py3-none-any.whl">dep-2-py3-none-any.whl</a>', "no such wheel of dep 1"),
+        ('<a href="dep-1-py3-none-any.whl">dep-1-py3-none-any.whl</a>', "is pinned"),
+    ],
+    ids=["yanked", "missing", "another file"],
+)
+def test_a_wheel_that_tests_need_is_had_as_pinned_or_not_at_all(
+    index: Path, page: str, message: str
+) -> None:
+    (index / "dep").mkdir()
+    (index / "dep/index.html").write_text(page)
+    (index / "dep/dep-1-py3-none-any.whl").write_bytes(b"another file")
+    needs = Release(
+        "mini",
+        "1.0",
+        hashlib.sha256(sdist(FILES)).hexdigest(),
+        requirements=(f"dep==1 --hash=sha256:{'0' * 64}",),
+    )
+    with pytest.raises(InputError, match=message):
+        fetch([needs])
+    assert not needs.tree.exists()
+
+
+def test_a_release_that_a_task_carries_is_asked_of_no_index(index: Path) -> None:
+    with pytest.raises(InputError, match="mini 1.0 is on no index"):
+        fetch([replace(release(), carried=True)])
 
 
 def unsafe_archive(kind: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from configs.errors import InputError
 from configs.schema import load
+from sandbox.importers.harbor import write_harbor
 from tests.tools.hosts import ROOT
-from tools.pipeline import RunConfig, _check, solved_tasks
+from tools.pipeline import RunConfig, _check, _tasks, solved_tasks
 
 
 def _task(name: str) -> Any:
@@ -38,3 +40,18 @@ def test_the_shipped_configs_are_taken_and_rows_that_are_too_short_are_not(name:
     _check(load(RunConfig, path), rl=name != "sft-32b")
     with pytest.raises(InputError, match="sft.row_targets must be at least"):
         _check(load(RunConfig, path, ["sft.row_targets=8"]), rl=False)
+
+
+def test_tasks_that_need_images_are_refused_before_a_run(tmp_path: Path) -> None:
+    for path, text in {
+        "task.toml": "[environment]\ndocker_image = 'acme:1'\n",
+        "instruction.md": "Do it.",
+        "tests/test.sh": "exit 1\n",
+    }.items():
+        (tmp_path / "foreign" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "foreign" / path).write_text(text)
+    write_harbor(tmp_path / "foreign", tmp_path / "tasks" / "foreign", "train")
+    path = ROOT / "configs/quickstart.yaml"
+    config = load(RunConfig, path, [f"tasks.index={tmp_path / 'tasks'}"])
+    with pytest.raises(InputError, match="1 train tasks need container images.*acme:1"):
+        _tasks(config.tasks, "train", 0)

@@ -1,0 +1,1 @@
+"""Tasks that other projects publish, made into task directories: one module a format."""

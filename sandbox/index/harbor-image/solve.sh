@@ -1,0 +1,4 @@
+#!/bin/bash
+set -e
+cd $folder
+git apply /solution/gold.patch
