@@ -13,6 +13,7 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.files import write_jsonl
+from sandbox.environments import ENVIRONMENTS
 from sandbox.local import LocalPool
 from sandbox.task import Task, load_tasks
 from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
@@ -50,6 +51,12 @@ def main(argv: list[str]) -> int:
     judging = verbs.add_parser("judge", help="the verdict on a unified diff, in the clean room")
     judging.add_argument("task", help="task directory, or name of a shipped task")
     judging.add_argument("patch", help="file with a unified diff against the buggy tree, or -")
+    judging.add_argument(
+        "--environment",
+        choices=ENVIRONMENTS,
+        default="simplified",
+        help="whose checks decide: the task's own tests, or build and whole suite (%(default)s)",
+    )
     judging.set_defaults(run=_judge)
 
     building = verbs.add_parser("rebuild", help="write an index's tasks as Harbor directories")
@@ -134,7 +141,7 @@ def _judge(options: argparse.Namespace) -> int:
 
     async def run() -> dict:
         async with LocalPool(1, backend=options.backend) as pool:
-            return asdict(await judge(task, patch, pool))
+            return asdict(await judge(task, patch, pool, environment=options.environment))
 
     verdict = asyncio.run(run())
     flags = f" ({', '.join(verdict['flags'])})" if verdict["flags"] else ""
@@ -143,6 +150,8 @@ def _judge(options: argparse.Namespace) -> int:
         for id, outcome in (verdict["fail_to_pass"] | verdict["pass_to_pass"]).items()
         if outcome != "passed"
     ]
+    if verdict["build"] not in ("", "passed"):
+        failed = [f"the build fails: {verdict['build']}"]
     _answer(options.json, verdict, "\n".join([*failed, verdict["verdict"] + flags]))
     return 0 if verdict["verdict"] == "pass" else 1
 
