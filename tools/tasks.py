@@ -19,6 +19,7 @@ from sandbox.task import Task, load_tasks
 from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
+from tools.agreeing import add_agree
 from tools.card import add_card
 from tools.fetching import fetch_all
 from tools.making import add_mutate, table
@@ -29,7 +30,7 @@ BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mine,mutate,verify,judge,rebuild,stats,card}`."""
+    """Run `remend tasks {mine,mutate,verify,judge,agree,rebuild,stats,card}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     names = ", ".join(NAMED)
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     making = add_mutate(verbs)
     mining = add_mine(verbs)
     carding = add_card(verbs)
+    agreeing = add_agree(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
@@ -69,12 +71,12 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    for verb in (making, mining, proving, judging, building, counting, carding):
+    for verb in (making, mining, proving, judging, building, counting, carding, agreeing):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for verb in (making, mining, proving, judging):
+    for verb in (making, mining, proving, judging, agreeing):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
     options = parser.parse_args(argv)
-    for name in ("limit", "repeat", "jobs", "per_function", "newest", "count"):
+    for name in ("limit", "repeat", "jobs", "per_function", "newest", "count", "each"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
