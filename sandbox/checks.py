@@ -53,7 +53,7 @@ _BUILD = """
 import importlib, pathlib, sys
 place, *modules = sys.argv[1:]
 path = pathlib.Path(place)
-for file in sorted(path.rglob("*.py")) if path.is_dir() else [path] if place else []:
+for file in (sorted(path.rglob("*.py")) or [path]) if place else []:
     compile(file.read_bytes(), str(file), "exec")
 for module in modules:
     importlib.import_module(module)
@@ -166,7 +166,7 @@ async def suite_of(task: Judged, pool: SandboxPool) -> Suite:
     gold = Tree(buggy.root, {}, buggy.python_path)
     places = test_places(task, gold.root)
     build = build_of(task.module, gold)
-    what = json.dumps([_VERSION, gold.root.name, places, build, gold.python_path])
+    what = json.dumps([_VERSION, str(gold.root), places, build, gold.python_path])
     locks = _locks.setdefault(asyncio.get_running_loop(), {})
     async with locks.setdefault(what, asyncio.Lock()):
         known = _known.setdefault(pool, {})

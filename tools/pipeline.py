@@ -199,6 +199,7 @@ class Pipeline:
             sandbox.hosts,
             sandbox.container,
             TestMemo() if sandbox.remember else None,
+            shell=self.setting.shell,
         )
 
     async def __aenter__(self) -> Pipeline:
