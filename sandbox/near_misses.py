@@ -8,12 +8,13 @@ guess     a slip in the buggy function, as one who looks for the repair by searc
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from configs.errors import InputError
-from sandbox.mutate import Edit, apply, functions, mutations
+from sandbox.mutate import apply, functions, mutations
 from sandbox.patch import FileChange, apply_changes, make_patch, opcodes, parse_patch, split_lines
 from sandbox.task import Task
 
@@ -34,19 +35,18 @@ def near_misses(task: Task, each: int, seed: int) -> list[Attempt]:
     The release must be in the cache.
     """
     draw = random.Random(f"{seed} {task.name}")
-    found = {task.gold_patch: Attempt("gold", task.gold_patch), "": Attempt("noop", "")}
     buggy = task.files()
-    gold = {p: (task.release.tree / p).read_bytes() for p in buggy}
-    pools: dict[str, list[dict[str, bytes]]] = {
-        "partial": list(_partial(buggy, task.gold_patch)),
-        "mutated": list(_slips(gold, buggy, inside=True)),
-        "beside": list(_slips(gold, buggy, inside=False)),
-        "guess": list(_slips(buggy, gold, inside=True)),
-    }
-    for kind, states in pools.items():
-        for state in draw.sample(states, min(each, len(states))):
-            patch = make_patch(buggy, state)
-            found.setdefault(patch, Attempt(kind, patch))
+    gold = {path: (task.release.tree / path).read_bytes() for path in buggy}
+    partial = list(_partial(buggy, task.gold_patch))
+    states = [("gold", gold), ("noop", buggy)]
+    states += [("partial", state) for state in draw.sample(partial, min(each, len(partial)))]
+    states += [("mutated", state) for state in _slips(gold, buggy, True, draw, each)]
+    states += [("beside", state) for state in _slips(gold, buggy, False, draw, each)]
+    states += [("guess", state) for state in _slips(buggy, gold, True, draw, each)]
+    found: dict[str, Attempt] = {}
+    for kind, state in states:
+        patch = make_patch(buggy, state)
+        found.setdefault(patch, Attempt(kind, patch))
     return list(found.values())
 
 
@@ -69,38 +69,45 @@ def _only(change: FileChange, at: int, wanted: Sequence[tuple[int, int]]) -> Fil
 
 
 def _slips(
-    files: dict[str, bytes], others: dict[str, bytes], inside: bool
+    files: dict[str, bytes],
+    others: dict[str, bytes],
+    inside: bool,
+    draw: random.Random,
+    count: int,
 ) -> Iterator[dict[str, bytes]]:
-    """`files` with one mutation, inside the functions that differ from `others`, or outside."""
+    """`files` with one mutation, in a function that differs from `others`, or in one that does not;
+    `count` times at most, each in a function drawn anew."""
+    places = []
     for path, data in files.items():
-        try:
+        with contextlib.suppress(InputError, UnicodeDecodeError):
             source, other = data.decode("utf-8"), others[path].decode("utf-8")
-            edits = mutations(source)
             touched = _touched(source, other)
-        except (InputError, UnicodeDecodeError):
-            continue
-        for edit in edits:
-            if _within(edit, touched) == inside:
-                yield files | {path: apply(source, edit).encode()}
+            names = {span.name: range(span.line, span.end_line + 1) for span in functions(source)}
+            near = {line for name in touched for line in names[name]}
+            apart = [name for name, lines in names.items() if near.isdisjoint(lines)]
+            chosen = sorted(touched) if inside else apart
+            places += [(path, source, name) for name in chosen]
+    draw.shuffle(places)
+    made = 0
+    while places and made < count:
+        for path, source, name in list(places):
+            edits = mutations(source, name)
+            if not edits:
+                places.remove((path, source, name))
+                continue
+            yield files | {path: apply(source, draw.choice(edits)).encode()}
+            made += 1
+            if made == count:
+                return
 
 
-def _touched(source: str, other: str) -> list[range]:
-    """Lines, from 1, of the innermost functions of `source` that hold a difference."""
+def _touched(source: str, other: str) -> set[str]:
+    """The innermost functions of `source` that hold a difference."""
     codes = opcodes(split_lines(source.encode()), split_lines(other.encode()))
-    lines = {
-        line
-        for tag, a, b, _, _ in codes
-        if tag != "equal"
-        for line in range(a + 1, max(a + 1, b) + 1)
-    }
-    spans = [range(span.line, span.end_line + 1) for span in functions(source)]
-    found = []
-    for line in lines:
-        around = [span for span in spans if line in span]
+    changed = [range(a + 1, max(a + 1, b) + 1) for tag, a, b, _, _ in codes if tag != "equal"]
+    found = set()
+    for line in (line for some in changed for line in some):
+        around = [span for span in functions(source) if span.line <= line <= span.end_line]
         if around:
-            found.append(min(around, key=len))
+            found.add(min(around, key=lambda span: span.end_line - span.line).name)
     return found
-
-
-def _within(edit: Edit, touched: Sequence[range]) -> bool:
-    return any(edit.line in span for span in touched)
