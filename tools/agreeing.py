@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -77,31 +78,35 @@ async def _judge_all(
     tasks: Sequence[Task], options: argparse.Namespace
 ) -> tuple[int, list[dict[str, Any]]]:
     """How many tasks `full` cannot judge, and a row for each patch of the others; rows that are in
-    the file already are not made again."""
-    done = {}
+    the file already are not made again. Tasks come in random order: an interrupted run is a sample.
+    """
+    known = {}
     if options.out.exists():
-        done = {(row["task"], row["sha256"]): row for row in read_jsonl(options.out)}
+        known = {(row["task"], row["sha256"]): row for row in read_jsonl(options.out)}
+    rows: list[dict[str, Any]] = []
     async with LocalPool(options.jobs, backend=options.backend) as pool:
         kept = await judged_in_full(tasks, pool, options.jobs)
-        work = [
-            (task, attempt, hashlib.sha256(attempt.patch.encode()).hexdigest())
-            for task in kept
-            for attempt in near_misses(task, options.each, options.seed)
-        ]
-        queue = iter([item for item in work if (item[0].name, item[2]) not in done])
+        queue = iter(random.Random(options.seed).sample(kept, len(kept)))
         with progress("agree") as report:
+            done = 0
 
             async def worker() -> None:
-                for task, attempt, digest in queue:
-                    row = await _row(task, attempt, digest, pool)
-                    append_jsonl(options.out, row)
-                    done[task.name, digest] = row
-                    report(len(done), len(work), task.name)
+                nonlocal done
+                for task in queue:
+                    for attempt in near_misses(task, options.each, options.seed):
+                        digest = hashlib.sha256(attempt.patch.encode()).hexdigest()
+                        row = known.get((task.name, digest))
+                        if row is None:
+                            row = await _row(task, attempt, digest, pool)
+                            append_jsonl(options.out, row)
+                        rows.append(row)
+                    done += 1
+                    report(done, len(kept), f"{len(rows)} patches")
 
             async with asyncio.TaskGroup() as group:
                 for _ in range(options.jobs):
                     group.create_task(worker())
-    return len(tasks) - len(kept), [done[task.name, digest] for task, _, digest in work]
+    return len(tasks) - len(kept), rows
 
 
 async def _row(task: Task, attempt: Attempt, digest: str, pool: LocalPool) -> dict[str, Any]:
