@@ -292,18 +292,21 @@ def test_a_container_is_closed_on_every_side(engines, tree) -> None:
 def test_the_full_environment_is_the_same_here_and_there(engines, tasks, tokenizer) -> None:
     """Whole suites, the build and the shell: episodes and verdicts are those of this machine."""
     render = Renderer(tokenizer)
-    look = ToolCall("bash", {"command": "pwd; ls; id -un; python3 -V; cat setup.cfg | wc -l"})
+    look = ToolCall("bash", {"command": "pwd; ls; python3 -V; cat setup.cfg | wc -l"})
 
     class Policy(TeacherPolicy):
         async def open(self, seed: int) -> Session:
             teacher = SearchTeacher(seed)
-            seen: list[str] = []
+            first: list[str] = []
 
             def act(texts):
-                seen.extend(texts)
-                return (
-                    [look] if len(seen) == 1 else teacher.act(seen[:1] if len(seen) == 2 else texts)
-                )
+                if not first:
+                    first.extend(texts)
+                    return [look]
+                if len(first) == 1:  # it has looked round, and begins
+                    first.append("")
+                    return teacher.act(first[:1])
+                return teacher.act(texts)
 
             return ScriptedSession(act, render)
 
