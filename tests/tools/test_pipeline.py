@@ -38,3 +38,15 @@ def test_the_shipped_configs_are_taken_and_rows_that_are_too_short_are_not(name:
     _check(load(RunConfig, path), rl=name != "sft-32b")
     with pytest.raises(InputError, match="sft.row_targets must be at least"):
         _check(load(RunConfig, path, ["sft.row_targets=8"]), rl=False)
+
+
+def test_a_shell_in_a_plain_sandbox_is_refused_before_work_starts() -> None:
+    path = ROOT / "configs" / "quickstart.yaml"
+    bare = ["environment=full", "sandbox.backend=plain"]
+    with pytest.raises(InputError, match="shell_without_isolation"):
+        _check(load(RunConfig, path, bare), rl=False)
+    _check(load(RunConfig, path, [*bare, "sandbox.shell_without_isolation=true"]), rl=False)
+    _check(load(RunConfig, path, ["environment=full"]), rl=False)
+    assert load(RunConfig, path).environment == "simplified"
+    with pytest.raises(InputError, match="environment: expected 'simplified' or 'full'"):
+        load(RunConfig, path, ["environment=whole"])
