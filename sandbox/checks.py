@@ -151,7 +151,9 @@ async def checks_of(task: Judged, pool: SandboxPool, environment: Environment) -
     return Checks(to_fix, rest, suite.build, timeout_s)
 
 
-_known: weakref.WeakKeyDictionary[SandboxPool, dict[str, Suite]] = weakref.WeakKeyDictionary()
+# by pool, then by what was measured; a suite that could not be run is not tried again either
+_Known = dict[str, Suite | InputError]
+_known: weakref.WeakKeyDictionary[SandboxPool, _Known] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = (
     weakref.WeakKeyDictionary()
 )
@@ -171,16 +173,32 @@ async def suite_of(task: Judged, pool: SandboxPool) -> Suite:
     async with locks.setdefault(what, asyncio.Lock()):
         known = _known.setdefault(pool, {})
         if what not in known:
-            async with pool.lease(gold) as sandbox:  # the pool knows its environment from now on
-                stamp = hashlib.sha256(
-                    f"{what}{pool.backend}{pool.environment}{pool.limits}".encode()
-                ).hexdigest()[:16]
-                path = cache_dir() / "suites" / f"{gold.root.name}-{stamp}.json"
-                if not path.is_file():
-                    suite = await _measure(sandbox, gold, places, build)
-                    write_atomic(path, json.dumps(asdict(suite)))
-                known[what] = _read(path)
-        return known[what]
+            try:
+                known[what] = await _kept(pool, gold, places, build, what)
+            except InputError as error:
+                known[what] = error
+        found = known[what]
+        if isinstance(found, InputError):
+            raise InputError(str(found))
+        return found
+
+
+async def _kept(
+    pool: SandboxPool,
+    gold: Tree,
+    places: Sequence[str],
+    build: Sequence[Sequence[str]],
+    what: str,
+) -> Suite:
+    """The measurement in the cache, made if it is not there."""
+    async with pool.lease(gold) as sandbox:  # the pool knows its environment from now on
+        key = f"{what}{pool.backend}{pool.environment}{pool.limits}"
+        stamp = hashlib.sha256(key.encode()).hexdigest()[:16]
+        path = cache_dir() / "suites" / f"{gold.root.name}-{stamp}.json"
+        if not path.is_file():
+            suite = await _measure(sandbox, gold, places, build)
+            write_atomic(path, json.dumps(asdict(suite)))
+        return _read(path)
 
 
 def _read(path: Path) -> Suite:

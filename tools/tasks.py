@@ -13,6 +13,7 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.files import write_jsonl
+from sandbox import backends
 from sandbox.environments import ENVIRONMENTS
 from sandbox.local import LocalPool
 from sandbox.task import Task, load_tasks
@@ -73,8 +74,11 @@ def main(argv: list[str]) -> int:
 
     for verb in (making, mining, proving, judging, building, counting, carding, agreeing):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for verb in (making, mining, proving, judging, agreeing):
+    for verb in (making, mining, proving, agreeing):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
+    judging.add_argument(
+        "--backend", choices=backends.BACKENDS, default="auto", help="docker: as DOCKER_HOST says"
+    )
     options = parser.parse_args(argv)
     for name in ("limit", "repeat", "jobs", "per_function", "newest", "count", "each"):
         value = getattr(options, name, None)
@@ -142,7 +146,7 @@ def _judge(options: argparse.Namespace) -> int:
         raise InputError(f"cannot read the patch {options.patch}: {error}") from None
 
     async def run() -> dict:
-        async with LocalPool(1, backend=options.backend) as pool:
+        async with backends.make_pool(options.backend, 1) as pool:
             return asdict(await judge(task, patch, pool, environment=options.environment))
 
     verdict = asyncio.run(run())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
+from sandbox import checks as checks_module
 from sandbox.agent_tools import TOOLS, ToolBox, ToolCall, tools_of
 from sandbox.agreement import agreement
 from sandbox.base import Limits, Tree
@@ -155,6 +156,20 @@ def test_a_test_that_wavers_is_left_out(box: Box, task: Repair, monkeypatch) -> 
     suite = box.run(suite_of(task, box.pool))
     assert set(suite.tests) == SUITE - {"tests/test_more.py::test_half"}
     assert suite.left_out["tests/test_more.py::test_half"] == "failed"
+
+
+def test_a_suite_that_cannot_be_run_is_not_tried_again(box: Box, task: Repair, monkeypatch) -> None:
+    tries = []
+
+    async def measure(sandbox, gold, places, build):
+        tries.append(places)
+        raise InputError("they exceed a limit")
+
+    monkeypatch.setattr(checks_module, "_measure", measure)
+    for _ in range(2):
+        with pytest.raises(InputError, match="exceed a limit"):
+            box.run(suite_of(task, box.pool))
+    assert tries == [["tests"]]
 
 
 def test_the_environments_disagree_where_the_task_has_no_test(box: Box, task: Repair) -> None:
