@@ -30,11 +30,13 @@ class Setting:
     Attributes:
       environment: what the agent has, and whose verdict is the reward.
       judge_both: find the other environment's verdict on the same diff, too.
+      hide_tests: the agent's tree lacks the tests that have to be repaired.
       shell_without_isolation: the user accepts a shell in the plain sandbox.
     """
 
     environment: Environment = "simplified"
     judge_both: bool = False
+    hide_tests: bool = False
     shell_without_isolation: bool = False
 
     @property

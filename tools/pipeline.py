@@ -137,11 +137,15 @@ class RunConfig:
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
     environment: what the policy has in its episodes, and whose verdict is the reward
       (`sandbox.environments`).
+    hide_tests: take the tests that have to be repaired out of the policy's copy of the repository:
+      it has their names from its instructions, and what it can run are the others. Not for the
+      search teacher, which goes by failures.
     judge_both: in evaluations, find the other environment's verdict on each diff as well.
     """
 
     policy: str = "shipped"
     environment: Environment = "simplified"
+    hide_tests: bool = False
     judge_both: bool = False
     network: NetworkConfig = field(default_factory=NetworkConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -219,8 +223,12 @@ class Pipeline:
     @functools.cached_property
     def setting(self) -> Setting:
         """Of training episodes; evaluations may judge in both environments."""
-        bare = self.config.sandbox.shell_without_isolation
-        return Setting(self.config.environment, shell_without_isolation=bare)
+        config = self.config
+        return Setting(
+            config.environment,
+            hide_tests=config.hide_tests,
+            shell_without_isolation=config.sandbox.shell_without_isolation,
+        )
 
     async def tasks(self, split: Literal["train", "heldout"]) -> list[Task]:
         """The tasks of a split; those that can be judged in the run's environment.
@@ -440,7 +448,8 @@ def _check(config: RunConfig, rl: bool) -> None:
     sandbox = config.sandbox
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")
-    setting = Setting(config.environment, False, sandbox.shell_without_isolation)
+    bare = sandbox.shell_without_isolation
+    setting = Setting(config.environment, shell_without_isolation=bare)
     setting.refuse_bare_shell(sandbox.backend)
     agent = config.agent
     targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)

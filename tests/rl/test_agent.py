@@ -129,6 +129,17 @@ def test_a_shell_is_offered_in_full_alone_and_only_where_it_is_isolated(
     assert told(Setting("full", shell_without_isolation=True), plain) == "42"
 
 
+def test_hidden_tests_are_not_run_by_the_agent_and_decide(
+    tasks: list[Task], tokenizer: Tokenizer
+) -> None:
+    """With the bug there, what it can run passes, so the teacher submits at once."""
+    render = Renderer(tokenizer)
+    (t,) = run(tasks[:1], TeacherPolicy(render), render, 0, Setting(hide_tests=True))
+    told = f"all {len(tasks[0].pass_to_pass)} tests pass"
+    assert t.turns[0].observations[0] == told and t.verdict["verdict"] == "fail"
+    assert set(t.verdict["fail_to_pass"]) == set(tasks[0].fail_to_pass)
+
+
 def test_an_episode_is_its_ids(tasks: list[Task], tokenizer: Tokenizer) -> None:
     """The text of all ids is the conversation, and the policy's ids are the policy's turns."""
     render = Renderer(tokenizer)

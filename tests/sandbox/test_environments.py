@@ -19,6 +19,7 @@ from sandbox.agreement import agreement
 from sandbox.base import Limits, Tree
 from sandbox.checks import Checks, checks_of, suite_of
 from sandbox.environments import ENVIRONMENTS, Setting, other
+from sandbox.hidden import visible, without_tests
 from sandbox.leased import LeasedSandbox
 from sandbox.local import LocalPool
 from sandbox.memo import TestMemo
@@ -363,6 +364,49 @@ def test_the_shell_finds_no_answer_and_no_way_out(
         assert not {"connected", "chrooted", "own"} & set(text.splitlines()), attack
         if "grep" in attack:  # what it was asked for itself is all that has the mark
             assert not [line for line in text.splitlines() if line.startswith("/")], text
+
+
+def test_hidden_tests_are_not_in_the_tree_of_the_agent(task: Repair, apart: Box) -> None:
+    """Not as source, not compiled, not by the runner; they decide all the same."""
+    mark = f"mark_{secrets.token_hex(8)}"
+    root = task.tree().root
+    (root / "tests/test_calc.py").write_text(
+        f"import pytest\nfrom pkg.calc import add, double\n\n\nclass TestCalc:\n"
+        f"    @pytest.mark.parametrize('n', [1, 2])\n    def test_add(self, n):\n"
+        f"        {mark} = add(n, 3)\n        assert {mark} == n + 3\n\n"
+        f"    def test_double(self):\n        assert double(0) == 0, [][0]\n"
+    )
+    (root / "tests/__pycache__").mkdir()
+    (root / "tests/__pycache__/test_calc.cpython-311-pytest-9.1.1.pyc").write_text(mark)
+    (root / "tests/test_made.py").write_text(
+        f"from pkg.calc import add\nexec('def test_made(): {mark} = 1; assert add(1, 1) == 2')\n"
+    )
+    name = "tests/test_calc.py::TestCalc::test_"
+    hidden = (f"{name}add[1]", "tests/test_made.py::test_made")
+    shown = (f"{name}add[2]", f"{name}double", "tests/test_more.py::test_half")
+    task = dataclasses.replace(task, fail_to_pass=hidden, pass_to_pass=shown)
+    tree = without_tests(task.tree(), hidden)
+    checks = visible(Checks(hidden, shown), tree)
+    assert checks.tests == shown[1:]
+
+    async def work() -> tuple[list[str], list[Verdict]]:
+        async with apart.pool.lease(tree) as sandbox:
+            tools = ToolBox(sandbox, checks, task.module, "add", "full")
+            look = f"grep -rs {mark[:-1]}[{mark[-1]}] /work /tmp /dev/shm /run; ls tests; true"
+            calls = [ToolCall("bash", {"command": look}), ToolCall("run_tests", {})]
+            told = [(await tools.call(call)).text for call in calls]
+            numbers = await sandbox.exec(["grep", "-n", "def test_double", "tests/test_calc.py"])
+            assert numbers.stdout.startswith("11:")  # as in the file that decides
+            assert await sandbox.diff() == ""
+        tries = [patch(text + "x = 1\n") for text in (BUGGY["src/pkg/calc.py"], GOLD)]
+        return told, [await judge(task, text, apart.pool) for text in tries]
+
+    told, verdicts = apart.run(work())
+    left = ["__pycache__", "conftest.py", "test_calc.py", "test_more.py", "test_needs.py"]
+    assert told[0].splitlines() == left
+    assert told[1] == "all 2 tests pass"  # though the bug is there
+    assert [verdict.verdict for verdict in verdicts] == ["fail", "pass"]
+    assert set(verdicts[0].fail_to_pass.values()) == {"failed"}
 
 
 @pytest.mark.skipif("bwrap" not in BACKENDS, reason="bubblewrap does not work here")
