@@ -420,5 +420,6 @@ def test_other_software_is_covered(task: Repair) -> None:
     look = f"find {' '.join(found)} -mindepth 1 | wc -l; python3 -c 'import json'; type git sed"
     box = Box("bwrap", LIMITS, shell=True)
     told = converse(box, task, look)[0].splitlines()
+    assert box.pool.environment != LocalPool(1, backend="bwrap").environment
     box.close()
     assert told[0] == "0" and "exit code" not in told[-1]
