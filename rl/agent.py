@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from configs.errors import InputError
 from sandbox.agent_tools import Observation, ToolBox, ToolCall
 from sandbox.base import SandboxBroken, SandboxPool
+from sandbox.checks import checks_of
+from sandbox.environments import SIMPLIFIED, Environment, Setting, other
+from sandbox.hidden import visible, without_tests
 from sandbox.task import Task
 from sandbox.verdict import broken_sandbox, judge
 from sft.chat import Malformed, Renderer, parse_calls
@@ -136,10 +139,14 @@ async def run_episode(
     renderer: Renderer,
     config: AgentConfig,
     seed: int,
+    setting: Setting = SIMPLIFIED,
 ) -> Trajectory:
-    """Run one episode and judge what it left behind. Policy mistakes end in an observation or a
-    failing verdict; only harness trouble raises. A sandbox that breaks under the policy's calls
-    ends it with the verdict "error": whose trouble that is, `rl.rollout` finds out."""
+    """Run one episode in an environment and judge what it left behind. Policy mistakes end in an
+    observation or a failing verdict; only harness trouble raises. A sandbox that breaks under the
+    policy's calls ends it with the verdict "error": whose trouble that is, `rl.rollout` finds out.
+
+    Raises InputError where the policy would have a shell without isolation, or as `checks_of` does.
+    """
     began = time.monotonic()
     record = Trajectory(
         task=task.name,
@@ -150,26 +157,44 @@ async def run_episode(
         seed=seed,
         weight_version=-1,
         prompt=task.instruction,
+        environment=setting.environment,
     )
+    checks = await checks_of(task, pool, setting.environment)
     session = await policy.open(seed)
     try:
-        async with pool.lease(task.tree()) as sandbox:
-            tests = (*task.fail_to_pass, *task.pass_to_pass)
-            box = ToolBox(sandbox, tests, task.module, task.function)
+        tree = task.tree()
+        if setting.hide_tests:
+            tree = without_tests(tree, task.fail_to_pass)
+            checks = visible(checks, tree)
+        async with pool.lease(tree) as sandbox:
+            setting.refuse_bare_shell(pool.backend)
+            box = ToolBox(sandbox, checks, task.module, task.function, setting.environment)
             await _converse(record, session, box, renderer, config)
             record.patch = await sandbox.diff()
-        verdict = await judge(task, record.patch, pool)
+        verdict = await judge(task, record.patch, pool, environment=setting.environment)
     except SandboxBroken as error:
         if not record.turns:
             raise
         record.stop = "sandbox"
-        verdict = broken_sandbox(task, error, pool.environment)
+        verdict = broken_sandbox(task, error, pool.environment, setting.environment)
     finally:
         session.close()
-    record.verdict = asdict(verdict)
+    record.verdict = verdict.record()
+    if setting.judge_both and verdict.verdict != "error":
+        record.other_verdict = await _second(task, record.patch, pool, other(setting.environment))
     record.reward = float(verdict.verdict == "pass")
     record.seconds = round(time.monotonic() - began, 3)
     return record
+
+
+async def _second(
+    task: Task, patch: str, pool: SandboxPool, environment: Environment
+) -> dict[str, Any]:
+    """The verdict of another environment; {} if it cannot judge this task."""
+    try:
+        return (await judge(task, patch, pool, environment=environment)).record()
+    except InputError:
+        return {}
 
 
 async def _converse(

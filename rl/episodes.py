@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from configs.errors import InputError
 from configs.files import iter_jsonl
+from sandbox.environments import Environment, other
 from sft.trajectory import WRITTEN
 
 Side = TypeVar("Side")
@@ -18,7 +19,10 @@ POLICIES = {"noop": "No-op", "teacher": "Teacher", "sft": "SFT", "rl": "SFT+RL"}
 
 # what is kept of a record; token ids, authors and logprobs stay in the run folder
 LISTED = ("task", "package", "operator", "split", "policy", "seed")
-OPENED = ("turns", "patch", "verdict", "reward", "stop", "seconds", "weight_version")
+OPENED = (
+    *("turns", "patch", "verdict", "reward", "stop", "seconds", "weight_version"),
+    *("environment", "other_verdict"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class Episode:
     def verdict(self) -> dict[str, Any]:
         verdict = self.record["verdict"]
         return verdict if isinstance(verdict, dict) else {}
+
+    @property
+    def environment(self) -> Environment:
+        """Where it took place; runs from before there were two do not say."""
+        return "full" if self.record.get("environment") == "full" else "simplified"
+
+    @property
+    def verdicts(self) -> dict[Environment, dict[str, Any]]:
+        """The verdicts that there are, by environment."""
+        second = self.record.get("other_verdict")
+        found = {self.environment: self.verdict}
+        if isinstance(second, dict) and second:
+            found[other(self.environment)] = second
+        return found
 
     @property
     def outcome(self) -> str:

@@ -39,6 +39,8 @@ def write_report(folder: Path) -> Path:
         _section("Tool use before and after RL", sections.tool_use(use, counts)),
         _section("Held-out success by kind of task", sections.breakdown(run.summary)),
     ]
+    if table := sections.agreement(run.summary):
+        parts.insert(1, _section("Verdicts of both environments on the same diffs", table))
     path = folder / "report.html"
     write_atomic(path, _page(run.name, sections.headline(run.summary), parts, [run]))
     return path

@@ -88,6 +88,8 @@ def facts(summary: Mapping[str, Any]) -> str:
     if seeds is not None:
         listed = seeds if isinstance(seeds, list) else [seeds]
         found.append(("Seeds", escape(", ".join(map(str, listed)))))
+    if summary.get("environment") is not None:
+        found.append(("Environment", escape(str(summary["environment"]))))
     if isolation is not None:
         plain = '<span class="warn">none: plain processes</span>'
         text = {"bwrap": "bubblewrap", "plain": plain}.get(isolation) or escape(str(isolation))
@@ -174,6 +176,26 @@ def breakdown(summary: Mapping[str, Any]) -> str:
             f"<tbody>{''.join(rows)}</tbody></table>"
         )
     return "".join(parts) or NOT_RUN
+
+
+def agreement(summary: Mapping[str, Any]) -> str:
+    """How far the verdicts of the two environments agree, policy by policy; "" if one judged."""
+    found = summary.get("agreement")
+    cells = ("both_pass", "simplified_only", "full_only", "both_fail", "n")
+    rows = []
+    for policy, label in POLICIES.items() if isinstance(found, dict) else ():
+        counts = [number(found, policy, cell) for cell in cells]
+        if None in counts:
+            continue
+        agree, kappa = (number(found, policy, key) for key in ("agree", "kappa"))
+        texts = [f"{count:.0f}" for count in counts if count is not None]
+        texts += [percent(agree), "–" if kappa is None else f"{kappa:.2f}"]
+        columns = "".join(f'<td class="number">{text}</td>' for text in texts)
+        rows.append(f'<tr><th scope="row">{mark(policy)}{label}</th>{columns}</tr>')
+    heads = ("Both pass", "Simplified only", "Full only", "Neither", "n", "Agree", "Kappa")
+    columns = "".join(f'<th class="number">{head}</th>' for head in heads)
+    table = f"<table><thead><tr><th>Policy</th>{columns}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f"{table}</table>" if rows else ""
 
 
 def rate(row: Any, policy: str) -> float | None:

@@ -13,6 +13,7 @@ from model.hosts import agree, barrier, exists, host_count, host_index
 from model.preempt import unless_noticed
 from rl.agent import AgentConfig, Policy, run_episode
 from sandbox.base import SandboxBroken, SandboxPool
+from sandbox.environments import SIMPLIFIED, Setting
 from sandbox.task import Task
 from sft.chat import Renderer
 from sft.trajectory import Stored, Trajectory, load, save, to_record
@@ -29,7 +30,12 @@ class Episode:
 
 
 async def run_whole(
-    episode: Episode, policy: Policy, pool: SandboxPool, renderer: Renderer, config: AgentConfig
+    episode: Episode,
+    policy: Policy,
+    pool: SandboxPool,
+    renderer: Renderer,
+    config: AgentConfig,
+    setting: Setting = SIMPLIFIED,
 ) -> Trajectory:
     """One episode, again while its sandbox breaks, at most `TRIES` times: the same task and seed,
     and what broke is not counted.
@@ -39,7 +45,9 @@ async def run_whole(
     """
     for attempt in range(TRIES):
         try:
-            done = await run_episode(episode.task, policy, pool, renderer, config, episode.seed)
+            done = await run_episode(
+                episode.task, policy, pool, renderer, config, episode.seed, setting
+            )
         except SandboxBroken:
             if attempt + 1 == TRIES:
                 raise
@@ -59,6 +67,7 @@ async def run_episodes(
     config: AgentConfig,
     *,
     concurrency: int,
+    setting: Setting = SIMPLIFIED,
     on_done: Callable[[Trajectory], None] = lambda _: None,
 ) -> list[Trajectory]:
     """Run all episodes, `concurrency` at a time; results come in the order of `episodes`.
@@ -69,7 +78,7 @@ async def run_episodes(
 
     async def one(episode: Episode) -> Trajectory:
         async with gate:
-            done = await run_whole(episode, policy, pool, renderer, config)
+            done = await run_whole(episode, policy, pool, renderer, config, setting)
         on_done(done)
         return done
 
@@ -87,6 +96,7 @@ async def run_to_file(
     config: AgentConfig,
     *,
     concurrency: int,
+    setting: Setting = SIMPLIFIED,
     on_done: Callable[[Trajectory], None] = lambda _: None,
 ) -> Stored:
     """Like `run_episodes`, kept in `path`: finished episodes survive a kill and are not run again.
@@ -120,6 +130,7 @@ async def run_to_file(
         renderer,
         config,
         concurrency=concurrency,
+        setting=setting,
         on_done=keep,
     )
     fresh = await unless_noticed(running)

@@ -12,6 +12,7 @@ from configs.files import iter_jsonl
 from rl.episodes import Episode, by_policy, read_episodes
 from rl.evaluate import breakdown, paired_gain, per_task, success
 from rl.report_sections import Series, series
+from sandbox.agreement import agreement
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ def _computed(episodes: list[Episode]) -> dict[str, Any]:
         "per_operator": breakdown(policies, "operator"),
         "per_package": breakdown(policies, "package"),
     }
+    places = sorted({episode.environment for done in policies.values() for episode in done})
+    found["environment"] = ", ".join(places)
+    if any(len(episode.verdicts) > 1 for done in policies.values() for episode in done):
+        found["agreement"] = {
+            policy: agreement(episode.verdicts for episode in done)
+            for policy, done in policies.items()
+        }
     before, after = (per_task(policies.get(policy, [])) for policy in ("sft", "rl"))
     if before and before.keys() == after.keys():
         found["gain"] = paired_gain(before, after)

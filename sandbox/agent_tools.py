@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import InputError
-from sandbox.base import Sandbox, SandboxError, TestReport
+from sandbox.base import ExecResult, Sandbox, SandboxError, TestReport
+from sandbox.checks import Checks
+from sandbox.environments import Environment
 from sandbox.mutate import FunctionSpan, functions
 
 # what differs from run to run: addresses, and the names that `tempfile` draws
@@ -73,7 +75,12 @@ TOOLS: tuple[dict, ...] = (
     _tool("run_tests", "Run the tests of this task."),
     _tool("submit", "Hand in the repository as it is now and end the task."),
 )
-_SCHEMAS: dict[str, dict] = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
+BASH = _tool(
+    "bash",
+    "Run a command line in the repository's root, without network; files it changes stay changed.",
+    ("command",),
+    command="what `bash -c` is given",
+)
 _TYPES: dict[str, type] = {"string": str, "integer": int, "boolean": bool}
 
 
@@ -98,11 +105,17 @@ class CallError(ValueError):
     """The policy's own mistake; its text becomes the observation."""
 
 
-def check_arguments(call: ToolCall) -> None:
-    """Raise `CallError` unless the call names a tool and fits that tool's schema."""
-    schema = _SCHEMAS.get(call.name)
+def tools_of(environment: Environment) -> tuple[dict, ...]:
+    """The schemas of the tools that a policy has there."""
+    return (*TOOLS[:-1], BASH, TOOLS[-1]) if environment == "full" else TOOLS
+
+
+def check_arguments(call: ToolCall, tools: Sequence[dict] = TOOLS) -> None:
+    """Raise `CallError` unless the call names one of `tools` and fits that tool's schema."""
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    schema = schemas.get(call.name)
     if schema is None:
-        raise CallError(f"no tool {call.name!r}; tools: {', '.join(_SCHEMAS)}")
+        raise CallError(f"no tool {call.name!r}; tools: {', '.join(schemas)}")
     for key in schema["required"]:
         if key not in call.arguments:
             raise CallError(f"{call.name} needs {key!r}")
@@ -118,11 +131,20 @@ def check_arguments(call: ToolCall) -> None:
 class ToolBox:
     """The tools of one episode, acting on one leased sandbox.
 
-    `tests` are what `run_tests` runs; `module` and `function` name what is under repair.
+    `checks` are what `run_tests` runs, the build first if there is one; `module` and `function`
+    name what is under repair. Which tools there are depends on `environment`.
     """
 
-    def __init__(self, sandbox: Sandbox, tests: Sequence[str], module: str, function: str) -> None:
-        self._sandbox, self._tests = sandbox, tuple(tests)
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        checks: Checks,
+        module: str,
+        function: str,
+        environment: Environment = "simplified",
+    ) -> None:
+        self._sandbox, self._checks = sandbox, checks
+        self._tools = tools_of(environment)
         self._module, self._function = module, function
         self._before_edit: dict[str, bytes] = {}
         self._last_failure: str | None = None
@@ -130,7 +152,7 @@ class ToolBox:
     async def call(self, call: ToolCall) -> Observation:
         """Carry out one call. The policy's mistakes come back as text, never as exceptions."""
         try:
-            check_arguments(call)
+            check_arguments(call, self._tools)
             match call.name:
                 case "view":
                     text = await self._view(**call.arguments)
@@ -140,6 +162,8 @@ class ToolBox:
                     text = await self._edit(**call.arguments)
                 case "run_tests":
                     return await self._run_tests()
+                case "bash":
+                    text = await self._bash(**call.arguments)
                 case _:
                     return Observation("submitted", done=True)
         except (CallError, SandboxError) as error:
@@ -217,15 +241,38 @@ class ToolBox:
         return EDITED
 
     async def _run_tests(self) -> Observation:
-        report = await self._sandbox.run_tests(self._tests)
-        if report.passed(self._tests):
-            return Observation(f"all {len(self._tests)} tests pass", passed=True)
-        last, self._last_failure = self._last_failure, describe_failure(report)
-        if last is None:
-            return Observation(self._last_failure)
-        if last == self._last_failure:
+        unbuilt, report = await self._checks.run(self._sandbox)
+        if report is not None and report.passed(self._checks.tests):
+            return Observation(f"all {len(self._checks.tests)} tests pass", passed=True)
+        if report is None:
+            whole = brief = f"the build fails\n{_clip(_VOLATILE.sub('', unbuilt))}"
+        else:
+            whole, brief = (describe_failure(report, n) for n in (MAX_FRAMES, MAX_FRAMES_LATER))
+        last, self._last_failure = self._last_failure, whole
+        if last == whole:
             return Observation(STILL_FAILING)
-        return Observation(describe_failure(report, MAX_FRAMES_LATER))
+        return Observation(whole if last is None else brief)
+
+    async def _bash(self, command: str) -> str:
+        if not command.strip() or "\0" in command:
+            raise CallError("bash needs a command, without NUL bytes")
+        done = await self._sandbox.exec(["bash", "-c", command])
+        return describe_command(done)
+
+
+def describe_command(done: ExecResult) -> str:
+    """What a command wrote, the middle cut out where it is long, and how it ended if not well."""
+    output = "\n".join(filter(None, (done.stdout.rstrip(), done.stderr.rstrip())))
+    lines = [_clip(line) for line in _VOLATILE.sub("", output).splitlines()]
+    if len(lines) > MAX_VIEW_LINES:
+        half = MAX_VIEW_LINES // 2
+        left_out = f"({len(lines) - 2 * half} more lines)"
+        lines = [*lines[:half], left_out, *lines[-half:]]
+    if done.killed_by is not None:
+        lines.append(f"killed: {done.killed_by}")
+    elif done.exit_code:
+        lines.append(f"exit code {done.exit_code}")
+    return "\n".join(lines) or "no output"
 
 
 def describe_failure(report: TestReport, frames: int = MAX_FRAMES) -> str:

@@ -23,8 +23,10 @@ def make_pool(
     container: ContainerConfig | None = None,
     memo: TestMemo | None = None,
     warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    shell: bool = False,
 ) -> SandboxPool:
-    """A pool of `size` sandboxes; `hosts` and `container` are for "docker" alone."""
+    """A pool of `size` sandboxes; `hosts` and `container` are for "docker" alone. `shell`: agents
+    will have one inside."""
     if backend == "docker":
         return DockerPool(hosts, size, limits, container, memo, warn)
-    return LocalPool(size, limits, backend, memo, warn)
+    return LocalPool(size, limits, backend, memo, warn, shell)

@@ -17,7 +17,7 @@ import shutil
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 from configs.errors import InputError
 from sandbox.base import Limits
 from sandbox.confine import CAP_DAC_READ_SEARCH
+from sandbox.software import other_software
 
 # what runs inside, and what of the installed packages it may see
 _INSIDE = ("runner.py", "confine.py", "testrun.py", "courier.py", "treefiles.py")
@@ -104,19 +105,26 @@ def plain_user() -> tuple[int | None, bool]:
 
 
 def launch(
-    backend: str, folder: Path, uid: int | None, limits: Limits, reads_all: bool = False
+    backend: str,
+    folder: Path,
+    uid: int | None,
+    limits: Limits,
+    reads_all: bool = False,
+    shell: bool = False,
 ) -> Launch:
     """The command and setup of the runner whose folder (with `work` in it) is `folder`.
 
-    `reads_all`: see `plain_user`. Raises InputError if `bwrap` is asked for and not installed, or
-    pytest is not.
+    `reads_all`: see `plain_user`. `shell`: an agent will have one inside; `bwrap` then covers
+    other software (`sandbox.software`).
+
+    Raises InputError if `bwrap` is asked for and not installed, or pytest is not.
     """
     if backend == "bwrap":
-        return _bwrap(folder, uid, limits)
+        return _bwrap(folder, uid, limits, other_software() if shell else ())
     return _plain(folder, uid, limits, reads_all)
 
 
-def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
+def _bwrap(folder: Path, uid: int | None, limits: Limits, covered: Sequence[str]) -> Launch:
     program = shutil.which("bwrap")
     if program is None:
         raise InputError("bwrap is not installed: install bubblewrap, or use the plain backend")
@@ -141,7 +149,7 @@ def _bwrap(folder: Path, uid: int | None, limits: Limits) -> Launch:
         argv += ["--dir", path]
     for path, target in _system_folders():
         argv += ["--symlink", target, path] if target else ["--ro-bind", path, path]
-    for path in _site_packages():
+    for path in (*_site_packages(), *covered):
         argv += ["--tmpfs", path]
     for path in ("/etc/ld.so.cache", "/etc/alternatives"):
         argv += ["--ro-bind-try", path, path]

@@ -12,6 +12,7 @@ import asyncio
 import atexit
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ class LocalPool:
 
     `backend`: "bwrap", "plain", or "auto": the first if it works here. After the first lease the
     attribute tells which it is. `memo`, if given, answers test runs that were made before. `warn`
-    is told, once, what the plain backend does not contain.
+    is told, once, what the plain backend does not contain. `shell`: agents will have one inside.
     Use it from a thread that lives as long as the pool does: sandboxes die with it.
     """
 
@@ -51,6 +52,7 @@ class LocalPool:
         backend: str = "auto",
         memo: TestMemo | None = None,
         warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        shell: bool = False,
     ) -> None:
         if size < 1:
             raise InputError(f"a sandbox pool needs at least one slot, not {size}")
@@ -60,6 +62,7 @@ class LocalPool:
         self.limits = limits or Limits()
         self.backend = backend
         self.memo = memo
+        self._shell = shell
         self._warn = warn
         self._warned = False
         self._folder: Path | None = None
@@ -96,7 +99,10 @@ class LocalPool:
     @property
     def environment(self) -> str:
         """SHA-256 of what sandboxes find installed, as far as it decides how tests go."""
-        return environment_hash()
+        found = environment_hash()
+        if self._shell and self.backend == "bwrap":
+            found = hashlib.sha256(f"{found} without other software".encode()).hexdigest()
+        return found
 
     def metrics(self) -> dict[str, Any]:
         return {}
@@ -204,7 +210,7 @@ class LocalPool:
         return slot
 
     def _launch(self, backend: str, folder: Path, uid: int | None, reads_all: bool) -> Launch:
-        return launch(backend, folder, uid, self.limits, reads_all)
+        return launch(backend, folder, uid, self.limits, reads_all, self._shell)
 
     # -- the pool's folder
 

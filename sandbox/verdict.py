@@ -11,31 +11,19 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from sandbox.base import SandboxBroken, SandboxError, SandboxPool, TestReport, Tree
+from sandbox.checks import Checks, Judged, checks_of, package_folder
+from sandbox.environments import Environment
 from sandbox.guard import inspect
 from sandbox.patch import FileChange, PatchError, apply_changes, parse_patch
 
 TRIES = 3  # where sandboxes break
+MAX_TOLD = 50  # tests that a record of a whole suite names
 DOES_NOT_APPLY = "patch does not apply"
-
-
-class Judged(Protocol):
-    """What of a task the verdict depends on; see `sandbox.task.Task`."""
-
-    @property
-    def module(self) -> str: ...
-    @property
-    def fail_to_pass(self) -> tuple[str, ...]: ...
-    @property
-    def pass_to_pass(self) -> tuple[str, ...]: ...
-    @property
-    def protected(self) -> tuple[str, ...]: ...
-    def tree(self) -> Tree: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,8 @@ class Verdict:
       flags: what was odd, e.g. "protected:tests/test_a.py" for a change that was left out.
       seconds: wall time of the whole judgement.
       environment: SHA-256 of what the tests found installed.
+      judged_in: the environment whose checks decided.
+      build: what became of the build: "passed", why it failed, or "" where there is none.
     """
 
     verdict: Literal["pass", "fail", "quarantine", "error"]
@@ -57,28 +47,53 @@ class Verdict:
     flags: tuple[str, ...]
     seconds: float
     environment: str = ""
+    judged_in: Environment = "simplified"
+    build: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As kept with an episode: of a whole suite only the tests that did not pass, and of those
+        at most `MAX_TOLD`."""
+        found = asdict(self)
+        if self.judged_in == "full":
+            bad = {id: how for id, how in self.pass_to_pass.items() if how != "passed"}
+            found["pass_to_pass"] = dict(list(bad.items())[:MAX_TOLD])
+        return found
 
 
-async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None = None) -> Verdict:
-    """Apply `patch`, a unified diff against the buggy tree, and run all tests of the task once, in
-    file order or shuffled by a seed.
+async def judge(
+    task: Judged,
+    patch: str,
+    pool: SandboxPool,
+    shuffle: int | None = None,
+    environment: Environment = "simplified",
+) -> Verdict:
+    """Apply `patch`, a unified diff against the buggy tree, and run what decides in `environment`
+    once: tests in file order or shuffled by a seed.
 
-    Raises InputError if the task's tree cannot be had.
+    `simplified`: the task's own tests. `full`: the build, then every test of the repository that
+    passes on the gold tree. Raises InputError if the task's tree cannot be had, or its suite not be
+    run.
     """
     began = time.monotonic()
     flags: list[str] = []
     exploits: list[str] = []
     report: TestReport | None = None
     broken = False
+    build = ""
     tree = await asyncio.to_thread(task.tree)
-    tests = (*task.fail_to_pass, *task.pass_to_pass)
+    try:
+        checks = await checks_of(task, pool, environment)
+    except SandboxBroken as error:
+        return broken_sandbox(task, error, pool.environment, environment)
+    tests = checks.tests
     try:
         allowed, flags = restrict(task, parse_patch(patch), tree.python_path)
         if allowed:
             changed = apply_changes(lambda path: present(tree, path), allowed)
             fixed = Tree(tree.root, {**tree.overlay, **changed}, tree.python_path)
-            report = await _run(pool, fixed, tests, shuffle)
-            if report.passed(tests):
+            why, report = await _run(pool, fixed, checks, shuffle)
+            build = why or ("passed" if checks.build else "")
+            if report is not None and report.passed(tests):
                 found = {path: present(tree, path) for path in changed}
                 # not in a thread: Python 3.11 fails where two parse at the same time
                 exploits = inspect(found, changed)
@@ -95,15 +110,22 @@ async def judge(task: Judged, patch: str, pool: SandboxPool, shuffle: int | None
     good: Literal["pass", "quarantine"] = "quarantine" if exploits else "pass"
     return Verdict(
         verdict="error" if broken else good if passed else "fail",
-        fail_to_pass={test: outcomes.get(test, "missing") for test in task.fail_to_pass},
-        pass_to_pass={test: outcomes.get(test, "missing") for test in task.pass_to_pass},
+        fail_to_pass={test: outcomes.get(test, "missing") for test in checks.fail_to_pass},
+        pass_to_pass={test: outcomes.get(test, "missing") for test in checks.pass_to_pass},
         flags=tuple(flags),
         seconds=time.monotonic() - began,
         environment=pool.environment,
+        judged_in=environment,
+        build=build,
     )
 
 
-def broken_sandbox(task: Judged, error: SandboxBroken, environment: str = "") -> Verdict:
+def broken_sandbox(
+    task: Judged,
+    error: SandboxBroken,
+    environment: str = "",
+    judged_in: Environment = "simplified",
+) -> Verdict:
     """That of an episode whose sandbox broke before there was a patch."""
     return Verdict(
         verdict="error",
@@ -112,21 +134,22 @@ def broken_sandbox(task: Judged, error: SandboxBroken, environment: str = "") ->
         flags=(f"sandbox:{error}",),
         seconds=0.0,
         environment=environment,
+        judged_in=judged_in,
     )
 
 
 async def _run(
-    pool: SandboxPool, tree: Tree, tests: Sequence[str], shuffle: int | None
-) -> TestReport:
-    """The tests' report, in another sandbox if one breaks."""
+    pool: SandboxPool, tree: Tree, checks: Checks, shuffle: int | None
+) -> tuple[str, TestReport | None]:
+    """What the checks say, in another sandbox if one breaks."""
     for _ in range(TRIES - 1):
         try:
             async with pool.lease(tree) as sandbox:
-                return await sandbox.run_tests(tests, shuffle=shuffle)
+                return await checks.run(sandbox, tree, shuffle)
         except SandboxBroken:
             continue
     async with pool.lease(tree) as sandbox:
-        return await sandbox.run_tests(tests, shuffle=shuffle)
+        return await checks.run(sandbox, tree, shuffle)
 
 
 def restrict(
@@ -147,22 +170,6 @@ def restrict(
         else:
             allowed.append(change)
     return allowed, flags
-
-
-def package_folder(module: str, python_path: Sequence[str]) -> str:
-    """The folder of the outermost package that holds `module`; "" if it is in none.
-
-    `src/pkg/sub/a.py` with `src` on the path lies in `src/pkg`.
-    """
-    folder = PurePosixPath(module).parent
-    roots = [PurePosixPath(os.path.normpath(entry)) for entry in python_path]
-    best = max(
-        (root for root in roots if folder.is_relative_to(root)),
-        key=lambda root: len(root.parts),
-        default=PurePosixPath("."),
-    )
-    inside = folder.relative_to(best).parts
-    return str(best / inside[0]) if inside else ""
 
 
 def present(tree: Tree, path: str) -> bytes | None:

@@ -55,10 +55,10 @@ class SearchTeacher:
                 return [SUBMIT]
             self._module = suspect["module"]
             return [RUN, VIEW]
+        if texts[-1].startswith("all "):
+            return [SUBMIT]
         if self._candidates is None:
             self._candidates = self._rank(failure=texts[0], view=texts[1])
-        elif texts[-1].startswith("all "):
-            return [SUBMIT]
         if self._tried == len(self._candidates):
             return [SUBMIT]
         self._tried += 1

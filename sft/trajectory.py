@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from configs.errors import InputError
 from configs.files import read_jsonl, read_record, write_atomic
+from sandbox.environments import Environment, other
 
 # Who wrote a token; the policy also writes what is then not carried out, and carries no loss.
 ENVIRONMENT, POLICY, DROPPED, FORCED = 0, 1, 2, 3
@@ -37,6 +38,9 @@ class Trajectory:
       logprobs: for each id, its sampling log-probability in nats (0.0 where it was not sampled).
       weight_version: version of the weights that sampled its end; -1 for a policy without weights.
       versions: the same for each id; -1 where it was not sampled.
+      environment: where it took place: "simplified" or "full" (`sandbox.environments`).
+      verdict: that environment's; other_verdict: the other one's on the same diff, {} where it was
+        not asked.
       reward: 1.0 for a passing verdict, else 0.0.
       stop: why the episode ended: "submit", "turns", "tokens", or "sandbox" if that broke.
     """
@@ -59,10 +63,18 @@ class Trajectory:
     reward: float = 0.0
     stop: str = ""
     seconds: float = 0.0
+    environment: Environment = "simplified"
+    other_verdict: dict[str, Any] = field(default_factory=dict)
 
     @property
     def success(self) -> bool:
         return self.verdict.get("verdict") == "pass"
+
+    @property
+    def verdicts(self) -> dict[Environment, dict[str, Any]]:
+        """The verdicts that there are, by environment."""
+        found = {self.environment: self.verdict, other(self.environment): self.other_verdict}
+        return {name: verdict for name, verdict in found.items() if verdict}
 
     @property
     def oldest_version(self) -> int:

@@ -35,10 +35,11 @@ from rl.learning import RLConfig
 from rl.rollout import Episode, run_episodes, run_to_file
 from rl.serving import SGLangConfig, check_serving
 from rl.train import episode_seed
-from sandbox.agent_tools import TOOLS
+from sandbox.agent_tools import tools_of
 from sandbox.backends import make_pool
 from sandbox.base import Limits
 from sandbox.docker import ContainerConfig, DockerHost
+from sandbox.environments import Environment, Setting
 from sandbox.image_task import ImageTask
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
@@ -49,6 +50,7 @@ from sft.train import SFTConfig, train_sft
 from sft.trajectory import Trajectory
 from tools.progress import progress
 from tools.reinforce import reinforce
+from tools.suites import judged_in_full
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class SandboxConfig:
     remember: give the report of an earlier test run when the very same tree is tested again.
     backend: auto, bwrap or plain on this machine; docker on `hosts` (none: this machine's engine).
     container: how Docker makes them.
+    shell_without_isolation: let the policy of environment=full have its shell in the plain backend
+      too, which hides no file of this machine from it.
     """
 
     slots: int = 4
@@ -76,6 +80,7 @@ class SandboxConfig:
     hosts: tuple[DockerHost, ...] = ()
     container: ContainerConfig = field(default_factory=ContainerConfig)
     limits: Limits = field(default_factory=Limits)
+    shell_without_isolation: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,18 @@ class RunConfig:
     mesh: how the devices of all hosts share the work of training.
     lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
+    environment: what the policy has in its episodes, and whose verdict is the reward
+      (`sandbox.environments`).
+    hide_tests: take the tests that have to be repaired out of the policy's copy of the repository:
+      it has their names from its instructions, and what it can run are the others. Not for the
+      search teacher, which goes by failures.
+    judge_both: in evaluations, find the other environment's verdict on each diff as well.
     """
 
     policy: str = "shipped"
+    environment: Environment = "simplified"
+    hide_tests: bool = False
+    judge_both: bool = False
     network: NetworkConfig = field(default_factory=NetworkConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     lora: Lora | None = None
@@ -180,6 +194,7 @@ class Pipeline:
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
         self.trackers = open_trackers(config.tracking, run) if host_index() == 0 else []
+        self._usable: dict[str, list[Task]] = {}
         self._keep_config()
         sandbox = config.sandbox
         self.pool = make_pool(
@@ -189,6 +204,7 @@ class Pipeline:
             sandbox.hosts,
             sandbox.container,
             TestMemo() if sandbox.remember else None,
+            shell=self.setting.shell,
         )
 
     async def __aenter__(self) -> Pipeline:
@@ -202,9 +218,35 @@ class Pipeline:
     @functools.cached_property
     def renderer(self) -> Renderer:
         agent = self.config.agent
-        return Renderer(
-            self.start.tokenizer, TOOLS if agent.declare_tools else (), thinking=agent.thinking
+        tools = tools_of(self.config.environment) if agent.declare_tools else ()
+        return Renderer(self.start.tokenizer, tools, thinking=agent.thinking)
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        """Of training episodes; evaluations may judge in both environments."""
+        config = self.config
+        return Setting(
+            config.environment,
+            hide_tests=config.hide_tests,
+            shell_without_isolation=config.sandbox.shell_without_isolation,
         )
+
+    async def tasks(self, split: Literal["train", "heldout"]) -> list[Task]:
+        """The tasks of a split; those that can be judged in the run's environment.
+
+        What `full` needs to know of their releases is measured where that was not done yet.
+        """
+        if split not in self._usable:
+            tasks = self.train_tasks if split == "train" else self.heldout_tasks
+            full = self.setting.environment == "full"
+            if full:  # which sandbox it is, is known when there is one
+                async with self.pool.lease(tasks[0].tree()):
+                    self.setting.refuse_bare_shell(self.pool.backend)
+            if full or (self.config.judge_both and split == "heldout"):
+                judged = await judged_in_full(tasks, self.pool, self.config.sandbox.slots)
+                tasks = judged if full else tasks
+            self._usable[split] = tasks
+        return self._usable[split]
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:
@@ -246,10 +288,11 @@ class Pipeline:
         tries = range(self.config.teach.tries)
         episodes = [
             Episode(task, episode_seed(self.seed, 1, i, j))
-            for i, task in enumerate(self.train_tasks)
+            for i, task in enumerate(await self.tasks("train"))
             for j in tries
         ]
-        return await self._episodes("teacher", episodes, TeacherPolicy(self.renderer), "teacher")
+        policy = TeacherPolicy(self.renderer)
+        return await self._episodes("teacher", episodes, policy, "teacher", self.setting)
 
     def sft(self, trajectories: Sequence[Trajectory]) -> Params:
         """Fine-tune the starting policy on the verified trajectories; its parameters."""
@@ -274,7 +317,7 @@ class Pipeline:
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
         """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
-        tasks = self.train_tasks
+        tasks = await self.tasks("train")
         if self.config.rl.only_solved:
             tasks = solved_tasks(tasks, taught)
         folder = self.run / "snapshots" / "rl"
@@ -293,13 +336,14 @@ class Pipeline:
             policy = NoopPolicy(self.renderer) if name == "noop" else TeacherPolicy(self.renderer)
         episodes = [
             Episode(task, episode_seed(self.seed, 2, i, j))
-            for i, task in enumerate(self.heldout_tasks)
+            for i, task in enumerate(await self.tasks("heldout"))
             for j in range(1 if name == "noop" else self.config.eval.tries)
         ]
-        return await self._episodes(f"eval-{name}", episodes, policy, f"evaluate {name}")
+        setting = replace(self.setting, judge_both=self.config.judge_both)
+        return await self._episodes(f"eval-{name}", episodes, policy, f"evaluate {name}", setting)
 
     async def _episodes(
-        self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str
+        self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str, setting: Setting
     ) -> Sequence[Trajectory]:
         """Run episodes into `trajectories/STEM.jsonl`, with progress."""
         solved: list[bool] = []
@@ -317,6 +361,7 @@ class Pipeline:
                 self.renderer,
                 self.config.agent,
                 concurrency=self.config.server.slots,
+                setting=setting,
                 on_done=on_done,
             )
         self._note_pool(stem)
@@ -331,6 +376,7 @@ class Pipeline:
             self.renderer,
             self.config.agent,
             concurrency=self.config.server.slots,
+            setting=self.setting,
         )
         self._note_pool("rl")
         return done
@@ -403,6 +449,9 @@ def _check(config: RunConfig, rl: bool) -> None:
     sandbox = config.sandbox
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")
+    bare = sandbox.shell_without_isolation
+    setting = Setting(config.environment, shell_without_isolation=bare)
+    setting.refuse_bare_shell(sandbox.backend)
     agent = config.agent
     targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
     stages: dict[str, SFTConfig | RLConfig] = {"sft": config.sft}

@@ -14,6 +14,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import write_atomic
 from configs.schema import load
+from sandbox.agreement import agreement
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -76,12 +77,18 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
         "teacher_train": success(taught),
         "per_operator": breakdown(evaluated, "operator"),
         "per_package": breakdown(evaluated, "package"),
+        "environment": config.environment,
         "isolation": isolation,
         "phases": clock.phases,
         "wall_s": round(sum(clock.phases.values()), 1),
         "peak_rss_gib": round(_peak_rss_gib(), 2),
         "report": str(run / "report.html"),
     }
+    if config.judge_both:
+        summary["agreement"] = {
+            name: agreement(episode.verdicts for episode in done)
+            for name, done in evaluated.items()
+        }
     write_atomic(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_report(run)
     return summary

@@ -37,7 +37,14 @@ async def reinforce(
 
     async def roll(episode: Episode) -> Trajectory:
         async with gate:
-            return await run_whole(episode, policy, pipeline.pool, pipeline.renderer, config.agent)
+            return await run_whole(
+                episode,
+                policy,
+                pipeline.pool,
+                pipeline.renderer,
+                config.agent,
+                pipeline.setting,
+            )
 
     async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
         return await pipeline.run_episodes(episodes, policy)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.schema import load
+from sandbox.agreement import agreement
 from tools.hosts import add_flags, spec, together
+
+if TYPE_CHECKING:
+    from sft.trajectory import Trajectory
 
 
 def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
@@ -64,7 +69,6 @@ def _stage(verb: str, argv: list[str], **extra: Any) -> int:
 
 async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, Any]:
     from model.hf import load_hf
-    from rl.evaluate import success
     from tools.pipeline import Pipeline
 
     stage = args.policy if verb == "eval" else verb
@@ -74,9 +78,10 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
     other = load_hf(Path(stage)).params if given else None  # refused before anything is written
     async with Pipeline(config, args.out, args.seed, rl=stage == "rl", serves=serves) as pipeline:
         if verb == "eval" and args.policy in ("noop", "teacher"):
-            return success(await pipeline.evaluate(args.policy))
+            return _evaluated(config, await pipeline.evaluate(args.policy))
         if other is not None:
-            return success(await pipeline.evaluate(Path(args.policy).name, other))
+            name = Path(args.policy).name
+            return _evaluated(config, await pipeline.evaluate(name, other))
         taught = await pipeline.teach()
         if verb == "teach":
             kept = sum(t.success for t in taught)
@@ -85,5 +90,15 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
         if stage == "rl":
             params = await pipeline.rl(params, taught)
         if verb == "eval":
-            return success(await pipeline.evaluate(stage, params))
+            return _evaluated(config, await pipeline.evaluate(stage, params))
         return {"run": str(args.out), "snapshot": str(args.out / "snapshots" / stage)}
+
+
+def _evaluated(config: Any, done: Sequence[Trajectory]) -> dict[str, Any]:
+    """Success in the run's environment, and, if both judged, how far they agree."""
+    from rl.evaluate import success
+
+    found = {**success(done), "environment": config.environment}
+    if config.judge_both:
+        found["agreement"] = agreement(episode.verdicts for episode in done)
+    return found

@@ -13,11 +13,14 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.files import write_jsonl
+from sandbox import backends
+from sandbox.environments import ENVIRONMENTS
 from sandbox.local import LocalPool
 from sandbox.task import Task, load_tasks
 from sandbox.task_index import NAMED, in_build_order, make, read_index, releases_of, source_of
 from sandbox.verdict import judge
 from sandbox.verify import Check, verify
+from tools.agreeing import add_agree
 from tools.card import add_card
 from tools.exporting import add_export
 from tools.fetching import fetch_all
@@ -30,7 +33,7 @@ BACKENDS = ("auto", "bwrap", "plain")
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend tasks {mine,mutate,import,verify,judge,rebuild,export,stats,card}`."""
+    """Run `remend tasks {mine,mutate,import,verify,judge,agree,rebuild,export,stats,card}`."""
     parser = argparse.ArgumentParser(prog="remend tasks", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     names = ", ".join(NAMED)
@@ -40,6 +43,7 @@ def main(argv: list[str]) -> int:
     carding = add_card(verbs)
     importing = add_import(verbs)
     exporting = add_export(verbs)
+    agreeing = add_agree(verbs)
 
     proving = verbs.add_parser("verify", help="no-op must fail, the known fix must pass")
     proving.add_argument("--index", default="shipped", help=f"{names}, a .jsonl file, or a folder")
@@ -54,6 +58,12 @@ def main(argv: list[str]) -> int:
     judging = verbs.add_parser("judge", help="the verdict on a unified diff, in the clean room")
     judging.add_argument("task", help="task directory, or name of a shipped task")
     judging.add_argument("patch", help="file with a unified diff against the buggy tree, or -")
+    judging.add_argument(
+        "--environment",
+        choices=ENVIRONMENTS,
+        default="simplified",
+        help="whose checks decide: the task's own tests, or build and whole suite (%(default)s)",
+    )
     judging.set_defaults(run=_judge)
 
     building = verbs.add_parser("rebuild", help="write an index's tasks as Harbor directories")
@@ -66,13 +76,16 @@ def main(argv: list[str]) -> int:
     counting.add_argument("--index", default="all", help=f"{names}, a .jsonl file, or a folder")
     counting.set_defaults(run=_stats)
 
-    every = (making, mining, proving, judging, building, counting, carding, importing, exporting)
-    for verb in every:
+    verbs_of = (making, mining, proving, judging, building, counting, carding)
+    for verb in (*verbs_of, importing, exporting, agreeing):
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for verb in (making, mining, proving, judging, importing):
+    for verb in (making, mining, proving, importing, agreeing):
         verb.add_argument("--backend", choices=BACKENDS, default="auto", help="of the sandbox")
+    judging.add_argument(
+        "--backend", choices=backends.BACKENDS, default="auto", help="docker: as DOCKER_HOST says"
+    )
     options = parser.parse_args(argv)
-    for name in ("limit", "repeat", "jobs", "per_function", "newest", "count"):
+    for name in ("limit", "repeat", "jobs", "per_function", "newest", "count", "each"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -141,8 +154,8 @@ def _judge(options: argparse.Namespace) -> int:
         raise InputError(f"cannot read the patch {options.patch}: {error}") from None
 
     async def run() -> dict:
-        async with LocalPool(1, backend=options.backend) as pool:
-            return asdict(await judge(task, patch, pool))
+        async with backends.make_pool(options.backend, 1) as pool:
+            return asdict(await judge(task, patch, pool, environment=options.environment))
 
     verdict = asyncio.run(run())
     flags = f" ({', '.join(verdict['flags'])})" if verdict["flags"] else ""
@@ -151,6 +164,8 @@ def _judge(options: argparse.Namespace) -> int:
         for id, outcome in (verdict["fail_to_pass"] | verdict["pass_to_pass"]).items()
         if outcome != "passed"
     ]
+    if verdict["build"] not in ("", "passed"):
+        failed = [f"the build fails: {verdict['build']}"]
     _answer(options.json, verdict, "\n".join([*failed, verdict["verdict"] + flags]))
     return 0 if verdict["verdict"] == "pass" else 1
 

@@ -49,9 +49,12 @@ function verdictNode(verdict) {
   for (const [name, title] of [["fail_to_pass", "had to be fixed"], ["pass_to_pass", "had to stay whole"]]) {
     const tests = Object.entries(verdict[name] ?? {});
     const bad = tests.filter(([, result]) => result !== "passed");
-    if (tests.length) node.append(make("div", "", `${tests.length - bad.length} of ${tests.length} tests that ${title} pass`));
+    // of a whole suite only what did not pass is recorded
+    const whole = name === "fail_to_pass" || verdict.judged_in !== "full";
+    if (tests.length && whole) node.append(make("div", "", `${tests.length - bad.length} of ${tests.length} tests that ${title} pass`));
     if (bad.length) node.append(make("pre", "", bad.map(([id, result]) => `${result}  ${id}`).join("\n")));
   }
+  if (verdict.build && verdict.build !== "passed") node.append(make("div", "bad", "the build fails: " + verdict.build));
   const flags = Array.isArray(verdict.flags) ? verdict.flags : [];
   if (flags.length) node.append(make("div", "bad", "flags: " + flags.join(", ")));
   return node;
@@ -60,7 +63,9 @@ function verdictNode(verdict) {
 function factsOf(entry, shown) {
   const seconds = typeof shown.seconds === "number" ? shown.seconds.toFixed(1) + " s" : null;
   return pairs([
-    ["Verdict", entry.outcome], ["Flags", entry.flags.join(", ")], ["Run", entry.run],
+    ["Verdict", entry.outcome], ["Environment", shown.environment],
+    ["Verdict in the other", (shown.other_verdict || {}).verdict],
+    ["Flags", entry.flags.join(", ")], ["Run", entry.run],
     ["Policy", label(entry.policy)], ["Reward", shown.reward], ["Stopped by", shown.stop],
     ["Tokens", shown.tokens ? `${shown.tokens}, ${shown.sampled} by the policy` : null],
     ["Time", seconds], ["Operator", entry.operator], ["Package", entry.package],

@@ -22,7 +22,9 @@ from rl.agent import (
 )
 from rl.rollout import TRIES, Episode, run_episodes
 from sandbox.agent_tools import ToolCall
+from sandbox.agreement import agreement
 from sandbox.base import SandboxBroken, Tree
+from sandbox.environments import SIMPLIFIED, Setting
 from sandbox.leased import LeasedSandbox
 from sandbox.local import LocalPool
 from sandbox.task import Task, load_tasks
@@ -45,11 +47,20 @@ def tasks() -> list[Task]:
     return found[:6]
 
 
-def run(tasks: Sequence[Task], policy: Policy, render: Renderer, seed: int) -> list[Trajectory]:
+def run(
+    tasks: Sequence[Task],
+    policy: Policy,
+    render: Renderer,
+    seed: int,
+    setting: Setting = SIMPLIFIED,
+    pool: LocalPool | None = None,
+) -> list[Trajectory]:
     async def go() -> list[Trajectory]:
-        async with LocalPool(2) as pool:
+        async with pool or LocalPool(2) as sandboxes:
             episodes = [Episode(task, seed) for task in tasks]
-            return await run_episodes(episodes, policy, pool, render, CONFIG, concurrency=3)
+            return await run_episodes(
+                episodes, policy, sandboxes, render, CONFIG, concurrency=3, setting=setting
+            )
 
     return asyncio.run(go())
 
@@ -68,6 +79,65 @@ def test_controls_and_teacher(tasks: list[Task], tokenizer: Tokenizer) -> None:
             return [(await judge(task, task.gold_patch, pool)).verdict for task in tasks]
 
     assert set(asyncio.run(oracle())) == {"pass"}
+
+
+def test_the_teacher_acts_in_both_environments(tasks: list[Task], tokenizer: Tokenizer) -> None:
+    """The same edits in the same order: what differs is how many tests it is told of, and that a
+    try may be one that only the larger suite finds wanting."""
+    render = Renderer(tokenizer)
+    policy = TeacherPolicy(render)
+    plain = run(tasks[:2], policy, render, 1)
+    both = Setting("full", judge_both=True, shell_without_isolation=True)
+    whole = run(tasks[:2], policy, render, 1, both)
+    for t, w in zip(plain, whole, strict=True):
+        assert (t.environment, w.environment) == ("simplified", "full")
+        assert t.other_verdict == {} and list(t.verdicts) == ["simplified"]
+        assert set(w.verdicts) == {"simplified", "full"} and w.reward == float(w.success)
+        assert w.verdict["judged_in"] == "full" and w.verdict["build"] in ("passed", "")
+        assert w.prompt == t.prompt
+        edits = [
+            [call for turn in e.turns for call in turn.calls if call["name"] == "edit"]
+            for e in (t, w)
+        ]
+        shorter = min(map(len, edits))
+        assert edits[0][:shorter] == edits[1][:shorter]
+    assert any(t.success for t in whole)
+    table = agreement(t.verdicts for t in whole)
+    assert table["n"] == len(whole) and table["full_only"] == 0  # it is judged by more
+
+
+def test_a_shell_is_offered_in_full_alone_and_only_where_it_is_isolated(
+    tasks: list[Task], tokenizer: Tokenizer
+) -> None:
+    render = Renderer(tokenizer)
+
+    class Sheller(TeacherPolicy):
+        async def open(self, seed: int) -> Session:
+            replies = iter([[ToolCall("bash", {"command": "echo $((6 * 7))"})], [SUBMIT]])
+            return ScriptedSession(lambda texts: next(replies), render)
+
+    def told(setting: Setting, pool: LocalPool) -> str:
+        (t,) = run(tasks[:1], Sheller(render), render, 0, setting, pool)
+        return t.turns[0].observations[0]
+
+    assert told(SIMPLIFIED, LocalPool(1)).startswith("error: no tool 'bash'")
+    plain = LocalPool(1, backend="plain", warn=lambda text: None)
+    with pytest.raises(ExceptionGroup) as raised:
+        told(Setting("full"), plain)
+    assert raised.group_contains(InputError, match="shell_without_isolation")
+    plain = LocalPool(1, backend="plain", warn=lambda text: None)
+    assert told(Setting("full", shell_without_isolation=True), plain) == "42"
+
+
+def test_hidden_tests_are_not_run_by_the_agent_and_decide(
+    tasks: list[Task], tokenizer: Tokenizer
+) -> None:
+    """With the bug there, what it can run passes, so the teacher submits at once."""
+    render = Renderer(tokenizer)
+    (t,) = run(tasks[:1], TeacherPolicy(render), render, 0, Setting(hide_tests=True))
+    told = f"all {len(tasks[0].pass_to_pass)} tests pass"
+    assert t.turns[0].observations[0] == told and t.verdict["verdict"] == "fail"
+    assert set(t.verdict["fail_to_pass"]) == set(tasks[0].fail_to_pass)
 
 
 def test_an_episode_is_its_ids(tasks: list[Task], tokenizer: Tokenizer) -> None:

@@ -379,3 +379,18 @@ def _spaced(page: Page, folder: Path) -> str:
     """The page's text with a space between neighbouring cells."""
     html = (folder / "report.html").read_text(encoding="utf-8")
     return Page(html.replace("<td", " <td").replace("<th", " <th")).words
+
+
+def test_both_verdicts_make_a_table(tmp_path: Path) -> None:
+    """From the episodes, by policy; where only one judged there is none."""
+    folder = run_folder(tmp_path / "one", eval_rl=[episode("rl")])
+    assert "both environments" not in page_of(folder).words
+    full = [
+        episode("rl", f"t-{n}", environment="full", other_verdict={"verdict": verdict})
+        for n, verdict in enumerate(["pass", "pass", "fail"])
+    ]
+    page = page_of(run_folder(tmp_path / "two", eval_rl=full))
+    assert "Verdicts of both environments on the same diffs" in page.words
+    # both pass, simplified only, full only, neither, n, agree, kappa
+    assert "SFT+RL 2 0 1 0 3 66.7 % –" in _spaced(page, tmp_path / "two")
+    assert page.unpacked("chunk-0")[0]["other_verdict"] == {"verdict": "pass"}

@@ -150,7 +150,13 @@ class Box:
     DOCKER_HOST tells of.
     """
 
-    def __init__(self, kind: str, limits: Limits = LIMITS, memo: TestMemo | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        limits: Limits = LIMITS,
+        memo: TestMemo | None = None,
+        shell: bool = False,
+    ) -> None:
         self.runner = asyncio.Runner()
         self.namespaces = kind != "bare"
         self.pool: Any
@@ -158,7 +164,7 @@ class Box:
             self.pool = DockerPool([DockerHost()], 2, limits, memo=memo)
         else:
             pool = BarePool if kind == "bare" else LocalPool
-            self.pool = pool(2, limits, "plain" if kind == "bare" else kind, memo)
+            self.pool = pool(2, limits, "plain" if kind == "bare" else kind, memo, shell=shell)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(work)

@@ -9,6 +9,7 @@ import pytest
 
 from sandbox.agent_tools import TOOLS, ToolBox, ToolCall, describe_failure
 from sandbox.base import TestCase, TestReport, Tree
+from sandbox.checks import Checks
 from sandbox.local import LocalPool
 
 SOURCE = """\
@@ -31,7 +32,7 @@ def test_clip():
 def test_keep():
     assert Box().clip(3, 2) == 3
 """
-TESTS = ("test_box.py::test_clip", "test_box.py::test_keep")
+CHECKS = Checks(("test_box.py::test_clip",), ("test_box.py::test_keep",))
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def converse(tree: Tree, *calls: ToolCall) -> tuple[list[str], str]:
         pool = LocalPool(1)
         try:
             async with pool.lease(tree) as sandbox:
-                box = ToolBox(sandbox, TESTS, "box.py", "Box.clip")
+                box = ToolBox(sandbox, CHECKS, "box.py", "Box.clip")
                 return [(await box.call(call)).text for call in calls], await sandbox.diff()
         finally:
             await pool.close()
@@ -184,9 +185,8 @@ def test_submit_ends_the_episode(tree: Tree) -> None:
         pool = LocalPool(1)
         try:
             async with pool.lease(tree) as sandbox:
-                return (
-                    await ToolBox(sandbox, TESTS, "box.py", "Box.clip").call(ToolCall("submit", {}))
-                ).done
+                box = ToolBox(sandbox, CHECKS, "box.py", "Box.clip")
+                return (await box.call(ToolCall("submit", {}))).done
         finally:
             await pool.close()
 

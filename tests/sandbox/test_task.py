@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import hashlib
 import json
@@ -15,9 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.patch import make_patch
+from sandbox.local import LocalPool
+from sandbox.near_misses import KINDS, near_misses
+from sandbox.patch import apply_patch, make_patch
 from sandbox.shipped import instruction
 from sandbox.task import ALWAYS_PROTECTED, Task, load_tasks
+from sandbox.verdict import Verdict
+from sandbox.verdict import judge as judge_task
 from tests.sandbox.releases import sdist
 from tools import cli
 
@@ -244,6 +249,52 @@ def test_nothing_but_a_repair_passes(
 ) -> None:
     verdict = judge(folder, CHEATS[name], tmp_path, capsys)
     assert (verdict["verdict"], verdict["exit"]) == ("fail", 1)
+
+
+def test_in_full_the_fix_passes_and_no_cheat_does(
+    task: Task, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By the command line, then all of them; the suite is measured once."""
+    file = tmp_path / "fix.patch"
+    file.write_text(task.gold_patch)
+    full = ["tasks", "judge", str(folder), str(file), "--environment", "full", "--json"]
+    assert cli.main(full) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["judged_in"], verdict["build"]) == ("full", "passed")
+    assert {*verdict["fail_to_pass"], *verdict["pass_to_pass"]} == {
+        f"tests/test_sums.py::test_{name}" for name in ("total", "start")
+    }
+
+    async def rest() -> list[Verdict]:
+        async with LocalPool(1) as pool:
+            return [await judge_task(task, p, pool, environment="full") for p in CHEATS.values()]
+
+    assert {verdict.verdict for verdict in asyncio.run(rest())} == {"fail"}
+
+
+def test_near_misses_are_judged_in_both_and_kept(
+    task: Task, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    attempts = near_misses(task, 2, 0)
+    assert attempts == near_misses(task, 2, 0) != near_misses(task, 2, 1)
+    assert len({attempt.patch for attempt in attempts}) == len(attempts)
+    kinds = [attempt.kind for attempt in attempts]
+    assert kinds[:2] == ["gold", "noop"] and set(kinds) <= set(KINDS)
+    assert attempts[0].patch == task.gold_patch and attempts[1].patch == ""
+    for attempt in attempts:
+        apply_patch(task.files(), attempt.patch)
+    out = tmp_path / "agree.jsonl"
+    command = ["tasks", "agree", "--index", str(folder.parent), "--out", str(out), "--json"]
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found["agreement"]["n"] == len(rows) >= 3 and found["left_out"] == 0
+    assert found["by_kind"]["gold"]["both_pass"] == found["by_kind"]["noop"]["both_fail"] == 1
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))  # killed before the last
+    assert cli.main([*command[:-1]]) == 0
+    assert f"{len(rows)} diffs" in capsys.readouterr().out
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(again) == len(rows) and again[:-1] == rows[:-1]
 
 
 def test_a_repair_that_also_edits_tests_is_judged_without_them(

@@ -19,14 +19,17 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from rl.agent import AgentConfig, TeacherPolicy
+from rl.agent import AgentConfig, ScriptedSession, Session, TeacherPolicy
 from rl.rollout import Episode, run_episodes
+from sandbox.agent_tools import ToolCall
 from sandbox.base import Limits, Tree
 from sandbox.docker import LABEL, ContainerConfig, DockerHost, Engine
+from sandbox.environments import Setting
 from sandbox.local import LocalPool
 from sandbox.pool import DockerPool
 from sandbox.task import load_tasks
 from sft.chat import Renderer
+from sft.teacher import SearchTeacher
 from tests.sandbox.box import make_tree
 from tools.cli import main
 
@@ -284,6 +287,46 @@ def test_a_container_is_closed_on_every_side(engines, tree) -> None:
     assert set(host["Tmpfs"]) == {"/work", "/tmp"} and all(
         "size=" in s for s in host["Tmpfs"].values()
     )
+
+
+def test_the_full_environment_is_the_same_here_and_there(engines, tasks, tokenizer) -> None:
+    """Whole suites, the build and the shell: episodes and verdicts are those of this machine."""
+    render = Renderer(tokenizer)
+    look = ToolCall("bash", {"command": "pwd; ls; python3 -V; cat setup.cfg | wc -l"})
+
+    class Policy(TeacherPolicy):
+        async def open(self, seed: int) -> Session:
+            teacher = SearchTeacher(seed)
+            first: list[str] = []
+
+            def act(texts):
+                if not first:
+                    first.extend(texts)
+                    return [look]
+                if len(first) == 1:  # it has looked round, and begins
+                    first.append("")
+                    return teacher.act(first[:1])
+                return teacher.act(texts)
+
+            return ScriptedSession(act, render)
+
+    async def go(pool):
+        setting = Setting("full", judge_both=True, shell_without_isolation=True)
+        episodes = [Episode(task, 1) for task in tasks[:2]]
+        config = dataclasses.replace(CONFIG, max_turns=5)
+        async with pool:
+            return await run_episodes(
+                episodes, Policy(render), pool, render, config, concurrency=2, setting=setting
+            )
+
+    there = asyncio.run(go(DockerPool([engines[0].host], 2, Limits())))
+    here = asyncio.run(go(LocalPool(2, Limits(), shell=True)))
+    for a, b in zip(there, here, strict=True):
+        assert a.turns[0].observations[0].startswith("/work\n") and a.ids == b.ids
+        assert a.patch == b.patch and len(a.verdicts) == len(b.verdicts) == 2
+        for name in ("full", "simplified"):
+            same = ("verdict", "judged_in", "build", "fail_to_pass", "pass_to_pass", "flags")
+            assert all(a.verdicts[name][key] == b.verdicts[name][key] for key in same)
 
 
 def test_a_container_that_goes_under_is_made_anew(engines, tree) -> None:

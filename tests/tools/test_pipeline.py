@@ -55,3 +55,15 @@ def test_tasks_that_need_images_are_refused_before_a_run(tmp_path: Path) -> None
     config = load(RunConfig, path, [f"tasks.index={tmp_path / 'tasks'}"])
     with pytest.raises(InputError, match="1 train tasks need container images.*acme:1"):
         _tasks(config.tasks, "train", 0)
+
+
+def test_a_shell_in_a_plain_sandbox_is_refused_before_work_starts() -> None:
+    path = ROOT / "configs" / "quickstart.yaml"
+    bare = ["environment=full", "sandbox.backend=plain"]
+    with pytest.raises(InputError, match="shell_without_isolation"):
+        _check(load(RunConfig, path, bare), rl=False)
+    _check(load(RunConfig, path, [*bare, "sandbox.shell_without_isolation=true"]), rl=False)
+    _check(load(RunConfig, path, ["environment=full"]), rl=False)
+    assert load(RunConfig, path).environment == "simplified"
+    with pytest.raises(InputError, match="environment: expected 'simplified' or 'full'"):
+        load(RunConfig, path, ["environment=whole"])
