@@ -101,6 +101,8 @@ def explain(error: BaseException) -> int | None:
         case Preempted():
             print(f"remend: stopped by SIGTERM: {error}; same command resumes", file=sys.stderr)
             return 75  # EX_TEMPFAIL of sysexits.h
+        case BaseExceptionGroup(exceptions=[first, *_]):  # of things done side by side
+            return explain(first)
         case KeyboardInterrupt():
             print("remend: interrupted", file=sys.stderr)
             return 130

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from configs.errors import InputError
 from configs.files import append_jsonl, write_atomic
-from configs.schema import dump
+from configs.schema import dump, load
 from model.config import Qwen3Config
 from model.decode import Engine, check_room
 from model.folder import load_policy
@@ -30,6 +30,8 @@ from model.qwen3 import Params, abstract
 from model.sharding import MeshConfig, make_mesh, param_shardings, simulate_devices
 from model.share import whole
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
+from rl.endpoint import EndpointPolicy
+from rl.evaluate import success
 from rl.inprocess import InProcessServer
 from rl.learning import RLConfig
 from rl.rollout import Episode, run_episodes, run_to_file
@@ -43,12 +45,17 @@ from sandbox.image_task import ImageTask
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
+from sft.endpoint import Endpoint, EndpointConfig, check_endpoint, endpoint_key
 from sft.examples import Examples
+from sft.filters import FilterConfig, HeldOut
+from sft.packing import Example
+from sft.spending import Spending
 from sft.tracking import TrackingConfig, open_trackers
-from sft.train import SFTConfig, train_sft
+from sft.train import SFTConfig, sft_loop
 from sft.trajectory import Trajectory
 from tools.progress import progress
 from tools.reinforce import reinforce
+from tools.speed import speed
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,13 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class TeachConfig:
-    """`tries`: the teacher's episodes per training task."""
+    """`tries`: the teacher's episodes per training task. `teacher`: the search that comes with the
+    project, or an OpenAI-compatible `endpoint`. `keep`: which verified episodes SFT learns from."""
 
     tries: int = 2
+    teacher: Literal["search", "endpoint"] = "search"
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    keep: FilterConfig = field(default_factory=FilterConfig)
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,8 @@ class Pipeline:
         self, config: RunConfig, run: Path, seed: int, *, rl: bool = True, serves: bool = True
     ) -> None:
         _check(config, rl)
+        if config.teach.teacher == "endpoint" and not exists(run / "trajectories/teacher.jsonl"):
+            endpoint_key(config.teach.endpoint)
         keep_freed_memory()
         simulate_devices(_devices_here(config.mesh.devices))
         self.config, self.run, self.seed = config, run, seed
@@ -198,6 +211,8 @@ class Pipeline:
         await self.pool.close()
         for tracker in self.trackers:
             tracker.close()
+        if "endpoint" in self.__dict__:
+            await self.endpoint.close()
 
     @functools.cached_property
     def renderer(self) -> Renderer:
@@ -241,6 +256,18 @@ class Pipeline:
 
     # stages
 
+    @functools.cached_property
+    def endpoint(self) -> Endpoint:
+        """The teacher's endpoint; what it has cost is in the run folder."""
+        config = self.config.teach.endpoint
+        return Endpoint(config, Spending(self.run, config.prices, config.budget))
+
+    @functools.cached_property
+    def teacher(self) -> Policy:
+        if self.config.teach.teacher == "endpoint":
+            return EndpointPolicy(self.endpoint, self.renderer)
+        return TeacherPolicy(self.renderer)
+
     async def teach(self) -> Sequence[Trajectory]:
         """The teacher's episodes on the training tasks."""
         tries = range(self.config.teach.tries)
@@ -249,28 +276,58 @@ class Pipeline:
             for i, task in enumerate(self.train_tasks)
             for j in tries
         ]
-        return await self._episodes("teacher", episodes, TeacherPolicy(self.renderer), "teacher")
+        return await self._episodes("teacher", episodes, self.teacher, "teacher")
 
-    def sft(self, trajectories: Sequence[Trajectory]) -> Params:
-        """Fine-tune the starting policy on the verified trajectories; its parameters."""
+    def examples(self, taught: Sequence[Trajectory]) -> Examples:
+        """What SFT learns from, of the teacher's episodes."""
+        keep, heldout = self.config.teach.keep, None
+        if keep.heldout != "no":
+            heldout = HeldOut(self.heldout_tasks, packages=keep.heldout == "package")
+        return Examples(taught, keep, heldout)
+
+    async def sft(self, taught: Sequence[Trajectory]) -> Params:
+        """Fine-tune the starting policy on the teacher's episodes; its parameters."""
         folder = self.run / "snapshots" / "sft"
         if not exists(folder):
+            config, trained = self.config.sft, self.trained
+            data = self.examples(taught)
+            held: Sequence[Example] = ()
+            if config.validation.share:
+                data, held = data.split(config.validation.share, self.seed)
             with progress(_label("SFT")) as report:
-                params = train_sft(
-                    self.config.sft,
-                    self.trained,
+                params = await sft_loop(
+                    config,
+                    trained,
                     add_adapters(self._take_start(), self.config.lora, self.seed),
-                    Examples(trajectories),
+                    data,
                     self.run,
                     seed=self.seed,
                     mesh=self.mesh,
                     trackers=self.trackers,
                     on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
+                    held_back=held,
+                    success=self._success if config.validation.success_every else None,
+                    speed=speed(
+                        trained,
+                        config.row_tokens,
+                        config.row_targets,
+                        data.sizes,
+                        max(1, self.config.mesh.devices),
+                    ),
                 )
             self._keep(folder, params, self.start.folder)
         else:
             self._take_start()  # nobody wants them any more
         return self._load(folder)
+
+    async def _success(self, step: int, params: Params) -> float:
+        """Success of the policy under training on some held-out tasks, one episode each."""
+        tasks = self.heldout_tasks[: self.config.sft.validation.success_tasks]
+        episodes = [Episode(task, episode_seed(self.seed, 3, i, 0)) for i, task in enumerate(tasks)]
+        name = f"sft-{step:06d}"
+        self.engine.set_params(whole(merged(params, self.config.lora)), 0)
+        done = await self._episodes(name, episodes, self.served(name), f"held out after {step}")
+        return success(done)["mean"]
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
         """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
@@ -290,7 +347,7 @@ class Pipeline:
             self.engine.set_params(whole(params), 0)
             policy: Policy = self.served(name)
         else:
-            policy = NoopPolicy(self.renderer) if name == "noop" else TeacherPolicy(self.renderer)
+            policy = NoopPolicy(self.renderer) if name == "noop" else self.teacher
         episodes = [
             Episode(task, episode_seed(self.seed, 2, i, j))
             for i, task in enumerate(self.heldout_tasks)
@@ -303,6 +360,7 @@ class Pipeline:
     ) -> Sequence[Trajectory]:
         """Run episodes into `trajectories/STEM.jsonl`, with progress."""
         solved: list[bool] = []
+        endpoint = self.config.teach.endpoint if isinstance(policy, EndpointPolicy) else None
         with progress(_label(label)) as report:
 
             def on_done(trajectory: Trajectory) -> None:
@@ -316,8 +374,9 @@ class Pipeline:
                 self.pool,
                 self.renderer,
                 self.config.agent,
-                concurrency=self.config.server.slots,
+                concurrency=endpoint.concurrency if endpoint else self.config.server.slots,
                 on_done=on_done,
+                partly=endpoint is not None and endpoint.when_spent == "train",
             )
         self._note_pool(stem)
         return done
@@ -370,11 +429,28 @@ class Pipeline:
         if not exists(path) and host_index() == 0:
             write_atomic(path, text)
         barrier(f"{path} written")
-        if path.read_text() != text:
+        if path.read_text() != text and not self._only_dealings_differ(path, text):
             raise InputError(
                 f"{self.run} holds a run with another config or seed: choose another --out, "
                 "or delete that folder"
             )
+
+    def _only_dealings_differ(self, path: Path, text: str) -> bool:
+        """Whether the run's config differs only in how the teacher's endpoint is dealt with, which
+        a resumed run may change: its budget, say. If so, the new one is kept."""
+        seed = text.partition("\n")[0]
+        try:
+            before = load(RunConfig, path)
+        except InputError:  # of an earlier version
+            return False
+        same = path.read_text().startswith(f"{seed}\n") and _undealt(before) == _undealt(
+            self.config
+        )
+        barrier(f"{path} compared")
+        if same and host_index() == 0:
+            write_atomic(path, text)
+        barrier(f"{path} renewed")
+        return same
 
 
 def _label(text: str) -> str:
@@ -390,6 +466,17 @@ def _devices_here(devices: int) -> int:
     return devices // hosts
 
 
+def _undealt(config: RunConfig) -> RunConfig:
+    """Without what decides only when, and whether, a request is sent."""
+    endpoint, default = config.teach.endpoint, EndpointConfig()
+    names = [
+        *("api_key_env", "concurrency", "request_s", "attempts", "pause_s", "longest_pause_s"),
+        *("prices", "budget", "when_spent"),
+    ]
+    endpoint = replace(endpoint, **{name: getattr(default, name) for name in names})
+    return replace(config, teach=replace(config.teach, endpoint=endpoint))
+
+
 def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[Task]:
     """The tasks, in order, that some episode solved."""
     solved = {trajectory.task for trajectory in episodes if trajectory.success}
@@ -400,6 +487,8 @@ def _check(config: RunConfig, rl: bool) -> None:
     """Refuse shapes that some episode would not fit, before it is rolled out."""
     if config.server.kind != "inprocess":
         check_serving(config.server.kind, config.server.sglang)
+    if config.teach.teacher == "endpoint":
+        check_endpoint(config.teach.endpoint)
     sandbox = config.sandbox
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")

@@ -59,7 +59,7 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
             evaluated["noop"] = await pipeline.evaluate("noop")
             evaluated["teacher"] = await pipeline.evaluate("teacher")
         with clock.phase("sft"):
-            tuned = pipeline.sft(taught)
+            tuned = await pipeline.sft(taught)
         with clock.phase("eval-sft"):
             evaluated["sft"] = await pipeline.evaluate("sft", tuned)
         with clock.phase("rl"):

@@ -79,11 +79,23 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
             return success(await pipeline.evaluate(Path(args.policy).name, other))
         taught = await pipeline.teach()
         if verb == "teach":
-            kept = sum(t.success for t in taught)
-            return {"episodes": len(taught), "kept": kept, "success": kept / len(taught)}
-        params = pipeline.sft(taught)
+            return _taught(pipeline, taught)
+        params = await pipeline.sft(taught)
         if stage == "rl":
             params = await pipeline.rl(params, taught)
         if verb == "eval":
             return success(await pipeline.evaluate(stage, params))
         return {"run": str(args.out), "snapshot": str(args.out / "snapshots" / stage)}
+
+
+def _taught(pipeline: Any, taught: Any) -> dict[str, Any]:
+    """How teaching went: what SFT would learn from, what it would not and why, and the cost."""
+    solved, kept = sum(t.success for t in taught), pipeline.examples(taught)
+    outcome = {"episodes": len(taught), "kept": len(kept), "success": solved / max(len(taught), 1)}
+    outcome["dropped"] = dict(sorted(kept.dropped.items()))
+    if pipeline.config.teach.teacher == "endpoint":
+        spent = pipeline.endpoint.spending
+        prompt, completion = spent.tokens
+        outcome |= {"requests": spent.requests, "prompt_tokens": prompt}
+        outcome |= {"completion_tokens": completion, "usd": spent.usd}
+    return outcome
