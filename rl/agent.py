@@ -78,8 +78,8 @@ class Session(Protocol):
 
     async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
         """The next turn, given what is new: the ids, and the same as texts. Where nothing is, or
-        ids without texts, the turn before goes on, which had no end.
-        May raise GivenUp."""
+        ids without texts, the turn before goes on, which had no end. May raise
+        GivenUp."""
         ...
 
     def close(self) -> None: ...

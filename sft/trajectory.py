@@ -38,7 +38,7 @@ class Trajectory:
       weight_version: version of the weights that sampled its end; -1 for a policy without weights.
       versions: the same for each id; -1 where it was not sampled.
       reward: 1.0 for a passing verdict, else 0.0.
-      stop: why the episode ended: "submit", "turns", "tokens", or "sandbox" if that broke; "declined"
+      stop: why the episode ended: "submit", "turns", "tokens"; "sandbox" if that broke; "declined"
         or "budget" where the teacher's endpoint would not go on, or could not be paid for it.
     """
 

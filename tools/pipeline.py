@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from jax.sharding import Mesh
 
@@ -24,142 +23,30 @@ from model.folder import load_policy
 from model.hf import load_hf, save_hf
 from model.host import keep_freed_memory
 from model.hosts import barrier, exists, host_count, host_index
-from model.lora import Lora, add_adapters, merged
+from model.lora import merged
 from model.peft import save_peft
 from model.qwen3 import Params, abstract
-from model.sharding import MeshConfig, make_mesh, param_shardings, simulate_devices
+from model.sharding import make_mesh, param_shardings, simulate_devices
 from model.share import whole
-from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
+from rl.agent import NoopPolicy, Policy, TeacherPolicy
 from rl.endpoint import EndpointPolicy
-from rl.evaluate import success
 from rl.inprocess import InProcessServer
-from rl.learning import RLConfig
 from rl.rollout import Episode, run_episodes, run_to_file
-from rl.serving import SGLangConfig, check_serving
 from rl.train import episode_seed
 from sandbox.agent_tools import TOOLS
 from sandbox.backends import make_pool
-from sandbox.base import Limits
-from sandbox.docker import ContainerConfig, DockerHost
 from sandbox.image_task import ImageTask
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
-from sft.endpoint import Endpoint, EndpointConfig, check_endpoint, endpoint_key
-from sft.examples import Examples
-from sft.filters import FilterConfig, HeldOut
-from sft.packing import Example
+from sft.endpoint import Endpoint, endpoint_key
 from sft.spending import Spending
-from sft.tracking import TrackingConfig, open_trackers
-from sft.train import SFTConfig, sft_loop
+from sft.tracking import open_trackers
 from sft.trajectory import Trajectory
+from tools.fine_tune import fine_tune
 from tools.progress import progress
 from tools.reinforce import reinforce
-from tools.speed import speed
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task."""
-
-    index: str = "shipped"
-    train: int = 0
-    heldout: int = 0
-
-
-@dataclass(frozen=True)
-class SandboxConfig:
-    """Where repairs happen.
-
-    slots: sandboxes that run at one time, and so episodes, for each holds one until its end.
-    remember: give the report of an earlier test run when the very same tree is tested again.
-    backend: auto, bwrap or plain on this machine; docker on `hosts` (none: this machine's engine).
-    container: how Docker makes them.
-    """
-
-    slots: int = 4
-    remember: bool = True
-    backend: Literal["auto", "bwrap", "plain", "docker"] = "auto"
-    hosts: tuple[DockerHost, ...] = ()
-    container: ContainerConfig = field(default_factory=ContainerConfig)
-    limits: Limits = field(default_factory=Limits)
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What samples in rollouts. `kind`: "inprocess", this process's own engine (evaluations always
-    use it), or servers of "sglang" or "sglang-jax".
-
-    `slots`: episodes that hold a KV cache at one time. A decode step of the own engine computes all
-    of them: more than there are sandboxes stay empty, and cost as much.
-    """
-
-    kind: Literal["inprocess", "sglang", "sglang-jax"] = "inprocess"
-    slots: int = 4
-    prefill_chunk: int = 64
-    prefill_rows: int = 8
-    sglang: SGLangConfig = field(default_factory=SGLangConfig)
-
-
-@dataclass(frozen=True)
-class TeachConfig:
-    """`tries`: the teacher's episodes per training task. `teacher`: the search that comes with the
-    project, or an OpenAI-compatible `endpoint`. `keep`: which verified episodes SFT learns from."""
-
-    tries: int = 2
-    teacher: Literal["search", "endpoint"] = "search"
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    keep: FilterConfig = field(default_factory=FilterConfig)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """`tries`: episodes per held-out task, each with its own seed."""
-
-    tries: int = 2
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """How the policy is computed, whatever its size: fields of the same names in Qwen3Config.
-
-    `param_dtype`: of the weights that are trained; None leaves them as they are stored.
-    """
-
-    dtype: str = "float32"
-    param_dtype: str | None = None
-    remat: str = "none"
-    attention: str = "xla"
-    scan_layers: bool = True
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One run: model × data × algorithm × environment.
-
-    policy: "shipped", or a folder (Hugging Face, Orbax or MaxText) with the weights to start from
-      and their tokenizer.
-    mesh: how the devices of all hosts share the work of training.
-    lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
-      on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
-    """
-
-    policy: str = "shipped"
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    lora: Lora | None = None
-    tasks: TaskConfig = field(default_factory=TaskConfig)
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    teach: TeachConfig = field(default_factory=TeachConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
+from tools.run_config import POLICIES, RunConfig, TaskConfig, check, same_run
 
 
 class Pipeline:
@@ -177,7 +64,7 @@ class Pipeline:
     def __init__(
         self, config: RunConfig, run: Path, seed: int, *, rl: bool = True, serves: bool = True
     ) -> None:
-        _check(config, rl)
+        check(config, rl)
         if config.teach.teacher == "endpoint" and not exists(run / "trajectories/teacher.jsonl"):
             endpoint_key(config.teach.endpoint)
         keep_freed_memory()
@@ -254,11 +141,9 @@ class Pipeline:
         """What ends a policy's turn."""
         return (self.start.tokenizer.id("<|im_end|>"),)
 
-    # stages
-
     @functools.cached_property
     def endpoint(self) -> Endpoint:
-        """The teacher's endpoint; what it has cost is in the run folder."""
+        """The teacher's, where it has one; what it has cost is in the run folder."""
         config = self.config.teach.endpoint
         return Endpoint(config, Spending(self.run, config.prices, config.budget))
 
@@ -268,6 +153,8 @@ class Pipeline:
             return EndpointPolicy(self.endpoint, self.renderer)
         return TeacherPolicy(self.renderer)
 
+    # stages
+
     async def teach(self) -> Sequence[Trajectory]:
         """The teacher's episodes on the training tasks."""
         tries = range(self.config.teach.tries)
@@ -276,58 +163,18 @@ class Pipeline:
             for i, task in enumerate(self.train_tasks)
             for j in tries
         ]
-        return await self._episodes("teacher", episodes, self.teacher, "teacher")
-
-    def examples(self, taught: Sequence[Trajectory]) -> Examples:
-        """What SFT learns from, of the teacher's episodes."""
-        keep, heldout = self.config.teach.keep, None
-        if keep.heldout != "no":
-            heldout = HeldOut(self.heldout_tasks, packages=keep.heldout == "package")
-        return Examples(taught, keep, heldout)
+        return await self.record("teacher", episodes, self.teacher, "teacher")
 
     async def sft(self, taught: Sequence[Trajectory]) -> Params:
         """Fine-tune the starting policy on the teacher's episodes; its parameters."""
         folder = self.run / "snapshots" / "sft"
         if not exists(folder):
-            config, trained = self.config.sft, self.trained
-            data = self.examples(taught)
-            held: Sequence[Example] = ()
-            if config.validation.share:
-                data, held = data.split(config.validation.share, self.seed)
             with progress(_label("SFT")) as report:
-                params = await sft_loop(
-                    config,
-                    trained,
-                    add_adapters(self._take_start(), self.config.lora, self.seed),
-                    data,
-                    self.run,
-                    seed=self.seed,
-                    mesh=self.mesh,
-                    trackers=self.trackers,
-                    on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
-                    held_back=held,
-                    success=self._success if config.validation.success_every else None,
-                    speed=speed(
-                        trained,
-                        config.row_tokens,
-                        config.row_targets,
-                        data.sizes,
-                        max(1, self.config.mesh.devices),
-                    ),
-                )
+                params = await fine_tune(self, taught, report)
             self._keep(folder, params, self.start.folder)
         else:
-            self._take_start()  # nobody wants them any more
+            self.take_start()  # nobody wants them any more
         return self._load(folder)
-
-    async def _success(self, step: int, params: Params) -> float:
-        """Success of the policy under training on some held-out tasks, one episode each."""
-        tasks = self.heldout_tasks[: self.config.sft.validation.success_tasks]
-        episodes = [Episode(task, episode_seed(self.seed, 3, i, 0)) for i, task in enumerate(tasks)]
-        name = f"sft-{step:06d}"
-        self.engine.set_params(whole(merged(params, self.config.lora)), 0)
-        done = await self._episodes(name, episodes, self.served(name), f"held out after {step}")
-        return success(done)["mean"]
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
         """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
@@ -353,9 +200,9 @@ class Pipeline:
             for i, task in enumerate(self.heldout_tasks)
             for j in range(1 if name == "noop" else self.config.eval.tries)
         ]
-        return await self._episodes(f"eval-{name}", episodes, policy, f"evaluate {name}")
+        return await self.record(f"eval-{name}", episodes, policy, f"evaluate {name}")
 
-    async def _episodes(
+    async def record(
         self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str
     ) -> Sequence[Trajectory]:
         """Run episodes into `trajectories/STEM.jsonl`, with progress."""
@@ -416,7 +263,7 @@ class Pipeline:
     def _load(self, folder: Path) -> Params:
         return load_hf(folder, shardings=self._shardings).params
 
-    def _take_start(self) -> Params:
+    def take_start(self) -> Params:
         """The starting weights, of which only the shapes remain here: beside what is trained they
         would fill a pod's devices for nothing."""
         params = self.start.params
@@ -424,33 +271,26 @@ class Pipeline:
         return params
 
     def _keep_config(self) -> None:
-        """Write `config.yaml`, or check that a resumed run has the same one."""
+        """Write `config.yaml`; a resumed run may differ in how its endpoint is dealt with alone."""
         path, text = self.run / "config.yaml", f"# seed: {self.seed}\n{dump(self.config)}"
-        if not exists(path) and host_index() == 0:
+        renew = not exists(path) or self._resumes(path, text.partition("\n")[0])
+        barrier(f"{path} compared")
+        if renew and host_index() == 0:
             write_atomic(path, text)
         barrier(f"{path} written")
-        if path.read_text() != text and not self._only_dealings_differ(path, text):
+        if path.read_text() != text:
             raise InputError(
                 f"{self.run} holds a run with another config or seed: choose another --out, "
                 "or delete that folder"
             )
 
-    def _only_dealings_differ(self, path: Path, text: str) -> bool:
-        """Whether the run's config differs only in how the teacher's endpoint is dealt with, which
-        a resumed run may change: its budget, say. If so, the new one is kept."""
-        seed = text.partition("\n")[0]
+    def _resumes(self, path: Path, seed: str) -> bool:
+        """Whether this run may go on with the one of that config."""
         try:
             before = load(RunConfig, path)
-        except InputError:  # of an earlier version
+        except InputError:  # of another version
             return False
-        same = path.read_text().startswith(f"{seed}\n") and _undealt(before) == _undealt(
-            self.config
-        )
-        barrier(f"{path} compared")
-        if same and host_index() == 0:
-            write_atomic(path, text)
-        barrier(f"{path} renewed")
-        return same
+        return path.read_text().startswith(f"{seed}\n") and same_run(before, self.config)
 
 
 def _label(text: str) -> str:
@@ -466,45 +306,10 @@ def _devices_here(devices: int) -> int:
     return devices // hosts
 
 
-def _undealt(config: RunConfig) -> RunConfig:
-    """Without what decides only when, and whether, a request is sent."""
-    endpoint, default = config.teach.endpoint, EndpointConfig()
-    names = [
-        *("api_key_env", "concurrency", "request_s", "attempts", "pause_s", "longest_pause_s"),
-        *("prices", "budget", "when_spent"),
-    ]
-    endpoint = replace(endpoint, **{name: getattr(default, name) for name in names})
-    return replace(config, teach=replace(config.teach, endpoint=endpoint))
-
-
 def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[Task]:
     """The tasks, in order, that some episode solved."""
     solved = {trajectory.task for trajectory in episodes if trajectory.success}
     return [task for task in tasks if task.name in solved]
-
-
-def _check(config: RunConfig, rl: bool) -> None:
-    """Refuse shapes that some episode would not fit, before it is rolled out."""
-    if config.server.kind != "inprocess":
-        check_serving(config.server.kind, config.server.sglang)
-    if config.teach.teacher == "endpoint":
-        check_endpoint(config.teach.endpoint)
-    sandbox = config.sandbox
-    if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
-        raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")
-    agent = config.agent
-    targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
-    stages: dict[str, SFTConfig | RLConfig] = {"sft": config.sft}
-    if rl:
-        stages["rl"] = config.rl
-    for name, rows in stages.items():
-        if rows.row_tokens < agent.max_tokens:
-            raise InputError(f"{name}.row_tokens must be at least agent.max_tokens")
-        if rows.row_targets and rows.row_targets < targets:  # 0: a slot for every token
-            raise InputError(
-                f"{name}.row_targets must be at least {targets}: an episode of {agent.max_turns} "
-                f"turns of {agent.max_new_tokens} tokens may hold so many"
-            )
 
 
 def _tasks(config: TaskConfig, split: str, limit: int) -> list[Task]:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--seed must not be negative, got {args.seed}")
     run = args.out or Path("runs") / f"quickstart-seed{args.seed}"
 
-    from tools.pipeline import RunConfig
+    from tools.run_config import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
     summary = asyncio.run(_quickstart(config, run, args.seed))

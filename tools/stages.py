@@ -49,7 +49,7 @@ def _stage(verb: str, argv: list[str], **extra: Any) -> int:
     args = _parse(verb, argv, **extra)
     hosts = spec(args)
 
-    from tools.pipeline import RunConfig
+    from tools.run_config import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
 
@@ -90,7 +90,9 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
 
 def _taught(pipeline: Any, taught: Any) -> dict[str, Any]:
     """How teaching went: what SFT would learn from, what it would not and why, and the cost."""
-    solved, kept = sum(t.success for t in taught), pipeline.examples(taught)
+    from tools.fine_tune import examples
+
+    solved, kept = sum(t.success for t in taught), examples(pipeline, taught)
     outcome = {"episodes": len(taught), "kept": len(kept), "success": solved / max(len(taught), 1)}
     outcome["dropped"] = dict(sorted(kept.dropped.items()))
     if pipeline.config.teach.teacher == "endpoint":
