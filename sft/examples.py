@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 from model.hosts import agree, host_count, host_index
 from sft.filters import FilterConfig, HeldOut, likeness, reason
 from sft.packing import Example
 from sft.trajectory import POLICY, Trajectory
 
+Weigh = Literal["token", "turn", "episode"]
 _ROUND = 50_000  # trajectories that hosts tell each other of at a time
 
 
@@ -34,6 +35,10 @@ class Examples(Sequence[Example]):
       at its part of the trajectories; of the others it reads what its own rows need. All hosts
       make this together.
     dropped: how many trajectories are left out, by reason.
+
+    Args:
+      weigh: what weighs 1 in the loss: a "token", or a whole "turn" or "episode" whatever its
+        length.
     """
 
     def __init__(
@@ -41,9 +46,10 @@ class Examples(Sequence[Example]):
         trajectories: Sequence[Trajectory],
         keep: FilterConfig | None = None,
         heldout: HeldOut | None = None,
+        weigh: Weigh = "token",
     ) -> None:
         keep = keep or FilterConfig()
-        self._trajectories = trajectories
+        self._trajectories, self._weigh = trajectories, weigh
         self._kept: list[_Kept] = []
         self.dropped: Counter[str] = Counter()
         seen: set[str] = set()
@@ -53,7 +59,7 @@ class Examples(Sequence[Example]):
             for number in range(start + host_index(), end, host_count()):
                 trajectory = trajectories[number]
                 why = reason(keep, trajectory, heldout)
-                size = (0, 0) if why else _example(trajectory).size
+                size = (0, 0) if why else self._example(trajectory).size
                 alike = likeness(trajectory) if keep.duplicates and not why else ""
                 own.append((number, why, alike, trajectory.task, *size))
             found = sorted(tuple(entry) for host in agree(own) for entry in host)
@@ -81,7 +87,7 @@ class Examples(Sequence[Example]):
         return self._only(tasks - held), self._only(held)
 
     def _only(self, tasks: set[str]) -> Examples:
-        part = Examples([])
+        part = Examples([], weigh=self._weigh)
         part._trajectories, part.dropped = self._trajectories, self.dropped
         part._kept = [kept for kept in self._kept if kept.task in tasks]
         return part
@@ -95,18 +101,31 @@ class Examples(Sequence[Example]):
     def __getitem__(self, at: slice) -> list[Example]: ...
     def __getitem__(self, at: int | slice) -> Example | list[Example]:
         if isinstance(at, slice):
-            return [_example(self._trajectories[kept.number]) for kept in self._kept[at]]
-        return _example(self._trajectories[self._kept[at].number])
+            return [self._example(self._trajectories[kept.number]) for kept in self._kept[at]]
+        return self._example(self._trajectories[self._kept[at].number])
+
+    def weighted(self) -> Iterator[tuple[Trajectory, list[float]]]:
+        """The trajectories behind the examples, each with the weights of its tokens."""
+        for kept in self._kept:
+            trajectory = self._trajectories[kept.number]
+            yield trajectory, weights(trajectory, self._weigh)
+
+    def _example(self, trajectory: Trajectory) -> Example:
+        return Example(trajectory.ids, weights(trajectory, self._weigh))
 
 
-def _example(trajectory: Trajectory) -> Example:
-    return Example(trajectory.ids, _weights(trajectory))
-
-
-def _weights(trajectory: Trajectory) -> list[float]:
-    """For each id, 1 if the policy wrote it in a turn that stood, else 0."""
+def weights(trajectory: Trajectory, weigh: Weigh = "token") -> list[float]:
+    """For each id its weight in the loss: 0 but where the policy wrote it in a turn that stood."""
     edits = [[c for c in turn.calls if c["name"] == "edit"] for turn in trajectory.turns]
     undo = [i for i, calls in enumerate(edits) if any(c["arguments"].get("undo") for c in calls)]
     undone = {i for i in range(max(undo, default=0)) if edits[i]}
-    turns = zip(trajectory.author, trajectory.turn_of_ids(), strict=True)
-    return [float(author == POLICY and turn not in undone) for author, turn in turns]
+    turns = trajectory.turn_of_ids()
+    found = [
+        float(author == POLICY and turn not in undone)
+        for author, turn in zip(trajectory.author, turns, strict=True)
+    ]
+    if weigh == "token":
+        return found
+    group = turns if weigh == "turn" else [0] * len(turns)
+    tokens = Counter(g for g, weight in zip(group, found, strict=True) if weight)
+    return [weight and weight / tokens[g] for g, weight in zip(group, found, strict=True)]

@@ -89,6 +89,15 @@ class History:
         return bool(self.spikes.factor) and self.skipped_now >= self.spikes.stop
 
     @property
+    def trouble(self) -> str:
+        """What `diverged` means, in words."""
+        return (
+            f"{self.skipped_now} updates in a row were left out: their loss was not finite, or "
+            f"above {self.limit:.3g} (sft.spikes). Lower sft.optimizer.learning_rate or look at "
+            "the data"
+        )
+
+    @property
     def done(self) -> bool:
         """Whether patience has run out."""
         return 0 < self.validation.patience <= self.waited

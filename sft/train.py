@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from model.hosts import agree, host_index
 from model.preempt import noticed_by_any
 from model.qwen3 import Params
 from model.share import Share, share_of, spread
-from sft.batches import share_of_batch
-from sft.examples import Examples
+from sft.batches import ahead, input_of, share_of_batch
+from sft.examples import Examples, Weigh
+from sft.filling import fewest_rows
 from sft.learner import Learner, OptimizerConfig, TrainState, nll
 from sft.metrics import Metrics
 from sft.packing import Example, plan_rows
@@ -34,6 +36,8 @@ class SFTConfig:
     batch_rows, microbatch_rows: packed rows per update, and per gradient computation, over all
       hosts.
     row_tokens, row_targets: shape of a row; a trajectory must fit in one.
+    weigh: what weighs the same in the loss, in an update: each token, or each turn or episode
+      whatever its length.
     checkpoint_every: updates between checkpoints.
     """
 
@@ -42,6 +46,7 @@ class SFTConfig:
     microbatch_rows: int = 8
     row_tokens: int = 1024
     row_targets: int = 512
+    weigh: Weigh = "token"
     checkpoint_every: int = 20
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -129,7 +134,7 @@ async def sft_loop(
         )
     shape, rules = (config.row_tokens, config.row_targets), config.validation
     sizes = _sizes(data)
-    plan = plan_rows(sizes, *shape)
+    plan = fewest_rows(sizes, *shape)
     order = _order(len(plan), config, seed)
     share = share_of(mesh)
     learner = Learner(
@@ -140,54 +145,50 @@ async def sft_loop(
     checkpoints = Checkpoints(run / "checkpoints" / "sft", best=rules.best, background=True)
     state = learner.init(spread(params, model, mesh))
     del params  # the state has its own: a caller that keeps none frees a copy
-    like = state._asdict()
-    restored = checkpoints.restore_latest(like)
+    restored = checkpoints.restore_latest(state._asdict())
     if restored is not None:
         state = learner.place(TrainState(**restored))
     start = int(state.step)
     history = History(config.spikes, rules).read(metrics.read("sft", start))
     metrics.rewind("sft", start)
-    for step in range(start, len(order)):
-        if history.done:
-            break
-        if history.diverged:
-            checkpoints.close()
-            raise InputError(
-                f"SFT: {history.skipped_now} updates in a row were left out, up to update {step}: "
-                f"their loss was not finite or above {history.limit:.3g} (sft.spikes). Lower "
-                "sft.optimizer.learning_rate or look at the data"
-            )
-        began = time.monotonic()
-        batch = [plan[row] for row in np.sort(order[step])]
-        own = share_of_batch(data, batch, config.microbatch_rows, share, *shape)
-        state, values = learner.step(state, own, history.limit)
-        tokens, seconds = float(sum(sizes[i][0] for row in batch for i in row)), _since(began)
-        values = {f"sft/{name}": value for name, value in values.items()}
-        # the schedule counts the updates that were made
-        values["sft/lr"] = float(config.optimizer.rate(len(order))(step - history.skipped))
-        values |= {"sft/tokens": tokens, "time/tokens_per_s": tokens / seconds}
-        if speed is not None:
-            values |= speed.of(tokens, seconds)
-        last = step + 1 == len(order)
-        score = None
-        if validation is not None and rules.every and ((step + 1) % rules.every == 0 or last):
-            values["sft/validation_loss"] = loss = validation.loss(state.params)
-            score = -loss if rules.best and np.isfinite(loss) else None
-        if success is not None and rules.success_every and (step + 1) % rules.success_every == 0:
-            values["sft/heldout_success"] = await success(step + 1, state.params)
-        metrics.write("sft", step + 1, values)
-        history.see(values)
-        stop = noticed_by_any() and not last
-        if (step + 1) % config.checkpoint_every == 0 or last or stop or score is not None:
-            checkpoints.save(step + 1, state._asdict(), score=score)
-        on_step(step + 1, len(order), values)
-        if stop:
-            checkpoints.close()
-            raise Preempted(f"SFT has saved update {step + 1} of {len(order)}")
+    batches = ahead(input_of(data, plan, order, config.microbatch_rows, share, *shape), start)
+    began = time.monotonic()
+    with contextlib.closing(batches):
+        for step, own in enumerate(batches, start):
+            if history.done:
+                break
+            if history.diverged:
+                checkpoints.close()
+                raise InputError(f"SFT: up to update {step} {history.trouble}")
+            state, values = learner.step(state, own, history.limit)
+            seconds = max(time.monotonic() - began, 1e-9)
+            tokens = float(sum(sizes[i][0] for row in order[step] for i in plan[row]))
+            values = {f"sft/{name}": value for name, value in values.items()}
+            # the schedule counts the updates that were made
+            values["sft/lr"] = float(config.optimizer.rate(len(order))(step - history.skipped))
+            values |= {"sft/tokens": tokens, "time/tokens_per_s": tokens / seconds}
+            if speed is not None:
+                values |= speed.of(tokens, seconds)
+            done, last = step + 1, step + 1 == len(order)
+            score = None
+            if validation is not None and rules.every and (done % rules.every == 0 or last):
+                values["sft/validation_loss"] = loss = validation.loss(state.params)
+                score = -loss if rules.best and np.isfinite(loss) else None
+            if success is not None and rules.success_every and done % rules.success_every == 0:
+                values["sft/heldout_success"] = await success(done, state.params)
+            metrics.write("sft", done, values)
+            history.see(values)
+            stop = noticed_by_any() and not last
+            if done % config.checkpoint_every == 0 or last or stop or score is not None:
+                checkpoints.save(done, state._asdict(), score=score)
+            on_step(done, len(order), values)
+            if stop:
+                checkpoints.close()
+                raise Preempted(f"SFT has saved update {done} of {len(order)}")
+            began = time.monotonic()
     best = checkpoints.best() if rules.best and validation is not None else None
     if best is not None and best != int(state.step):
-        like = state._asdict()
-        state = learner.place(TrainState(**checkpoints.restore(best, like)))
+        state = learner.place(TrainState(**checkpoints.restore(best, state._asdict())))
     checkpoints.close()
     return state.params
 
@@ -214,10 +215,6 @@ class _Validation:
         first = host_index() == min(self._share.peers)
         parts = agree([total, weight] if first else [0.0, 0.0])
         return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1.0)
-
-
-def _since(began: float) -> float:
-    return max(time.monotonic() - began, 1e-9)
 
 
 def _sizes(data: Sequence[Example]) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ VERBS = {
 # top-level module -> what to install when it is missing
 INSTALLS = {
     **dict.fromkeys(
-        ("jax", "flax", "optax", "orbax", "tokenizers", "safetensors", "httpx2"), "remend"
+        ("jax", "flax", "optax", "orbax", "grain", "tokenizers", "safetensors", "httpx2"), "remend"
     ),
     **dict.fromkeys(("numpy", "yaml", "pydantic", "rich", "unearth", "pytest"), "remend"),
     "docker": "remend[docker]",

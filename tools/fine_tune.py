@@ -28,7 +28,7 @@ def examples(pipeline: Pipeline, taught: Sequence[Trajectory]) -> Examples:
     keep, heldout = pipeline.config.teach.keep, None
     if keep.heldout != "no":
         heldout = HeldOut(pipeline.heldout_tasks, packages=keep.heldout == "package")
-    return Examples(taught, keep, heldout)
+    return Examples(taught, keep, heldout, pipeline.config.sft.weigh)
 
 
 async def fine_tune(pipeline: Pipeline, taught: Sequence[Trajectory], report: Report) -> Params:

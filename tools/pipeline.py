@@ -39,6 +39,7 @@ from sandbox.image_task import ImageTask
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
+from sft.dataset import Published
 from sft.endpoint import Endpoint, endpoint_key
 from sft.spending import Spending
 from sft.tracking import open_trackers
@@ -79,6 +80,7 @@ class Pipeline:
             check_room(self.start.config, config.server.slots, config.agent.max_tokens)
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
+        self._published = self._dataset() if config.teach.dataset else None
         self.trackers = open_trackers(config.tracking, run) if host_index() == 0 else []
         self._keep_config()
         sandbox = config.sandbox
@@ -151,12 +153,16 @@ class Pipeline:
     def teacher(self) -> Policy:
         if self.config.teach.teacher == "endpoint":
             return EndpointPolicy(self.endpoint, self.renderer)
+        if self.config.teach.teacher == "dataset":
+            raise InputError("with teach.teacher=dataset there is no teacher that could play")
         return TeacherPolicy(self.renderer)
 
     # stages
 
     async def teach(self) -> Sequence[Trajectory]:
         """The teacher's episodes on the training tasks."""
+        if self._published is not None:
+            return self._published
         tries = range(self.config.teach.tries)
         episodes = [
             Episode(task, episode_seed(self.seed, 1, i, j))
@@ -240,6 +246,17 @@ class Pipeline:
         )
         self._note_pool("rl")
         return done
+
+    def _dataset(self) -> Sequence[Trajectory]:
+        """The episodes that another run's teacher left, if this run would render them so too."""
+        found = Published(Path(self.config.teach.dataset))
+        prompt = self.renderer.prompt(found[0].prompt)
+        if found[0].ids[: len(prompt)] != prompt:
+            raise InputError(
+                f"{self.config.teach.dataset} was written for another tokenizer, or with other "
+                "agent.thinking or agent.declare_tools"
+            )
+        return found
 
     def _note_pool(self, stage: str) -> None:
         """How the pool of sandboxes did so far, in `sandbox.jsonl`: queue, leases, failures."""

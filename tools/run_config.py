@@ -67,12 +67,17 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class TeachConfig:
-    """`tries`: the teacher's episodes per training task. `teacher`: the search that comes with the
-    project, or an OpenAI-compatible `endpoint`. `keep`: which verified episodes SFT learns from."""
+    """Attributes:
+    tries: the teacher's episodes per training task.
+    teacher: the search that comes with the project; an OpenAI-compatible `endpoint`; or nobody, the
+      episodes are those of a `dataset`, the folder that `remend teach --dataset` wrote.
+    keep: which verified episodes SFT learns from.
+    """
 
     tries: int = 2
-    teacher: Literal["search", "endpoint"] = "search"
+    teacher: Literal["search", "endpoint", "dataset"] = "search"
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    dataset: str = ""
     keep: FilterConfig = field(default_factory=FilterConfig)
 
 
@@ -129,6 +134,8 @@ def check(config: RunConfig, rl: bool) -> None:
         check_serving(config.server.kind, config.server.sglang)
     if config.teach.teacher == "endpoint":
         check_endpoint(config.teach.endpoint)
+    if (config.teach.teacher == "dataset") != bool(config.teach.dataset):
+        raise InputError("teach.dataset, a folder, goes with teach.teacher=dataset")
     sandbox = config.sandbox
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")

@@ -27,7 +27,12 @@ def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
 
 def teach(argv: list[str]) -> int:
     """Collect the teacher's trajectories."""
-    return _stage("teach", argv)
+    keep = {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "also write a TFDS dataset of what SFT learns from",
+    }
+    return _stage("teach", argv, dataset=keep)
 
 
 def sft(argv: list[str]) -> int:
@@ -79,7 +84,7 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
             return success(await pipeline.evaluate(Path(args.policy).name, other))
         taught = await pipeline.teach()
         if verb == "teach":
-            return _taught(pipeline, taught)
+            return _taught(pipeline, taught, args.dataset)
         params = await pipeline.sft(taught)
         if stage == "rl":
             params = await pipeline.rl(params, taught)
@@ -88,9 +93,12 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
         return {"run": str(args.out), "snapshot": str(args.out / "snapshots" / stage)}
 
 
-def _taught(pipeline: Any, taught: Any) -> dict[str, Any]:
+def _taught(pipeline: Any, taught: Any, dataset: Path | None) -> dict[str, Any]:
     """How teaching went: what SFT would learn from, what it would not and why, and the cost."""
+    from model.hosts import host_index
+    from sft.dataset import write_dataset
     from tools.fine_tune import examples
+    from tools.progress import progress
 
     solved, kept = sum(t.success for t in taught), examples(pipeline, taught)
     outcome = {"episodes": len(taught), "kept": len(kept), "success": solved / max(len(taught), 1)}
@@ -100,4 +108,8 @@ def _taught(pipeline: Any, taught: Any) -> dict[str, Any]:
         prompt, completion = spent.tokens
         outcome |= {"requests": spent.requests, "prompt_tokens": prompt}
         outcome |= {"completion_tokens": completion, "usd": spent.usd}
+    if dataset is not None and host_index() == 0:
+        with progress("dataset") as report:
+            path = write_dataset(dataset, kept, lambda done, of: report(done, of, ""))
+        outcome["dataset"] = str(path)
     return outcome

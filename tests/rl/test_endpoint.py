@@ -179,11 +179,11 @@ def test_the_budget_is_kept_and_may_be_raised(
     # the same budget does not grow, a higher one goes on, and one may do without the rest
     assert cli.main(command(0.15)) == 2
     assert sum(p * 10e-6 + c * 20e-6 for p, c in server.paid) <= 0.15
-    assert cli.main([*command(0.2), "agent.max_turns=3"]) == 2
+    assert cli.main([*command(0.16), "agent.max_turns=3"]) == 2
     assert "another config" in capsys.readouterr().err
-    assert cli.main(command(0.25, "teach.endpoint.when_spent=train")) == 0
+    assert cli.main(command(0.16, "teach.endpoint.when_spent=train")) == 0
     outcome = json.loads(capsys.readouterr().out)
-    assert done <= outcome["episodes"] < 8 and outcome["usd"] <= 0.25
+    assert done <= outcome["episodes"] < 8 and outcome["usd"] <= 0.16
     assert sum(p * 10e-6 + c * 20e-6 for p, c in server.paid) <= outcome["usd"] + 1e-9
 
 
