@@ -73,12 +73,14 @@ def test_an_update_that_is_left_out_changes_nothing_but_the_step() -> None:
 
 
 def test_the_loss_is_that_of_the_weights_after_the_update(tmp_path: Path) -> None:
-    rules = ValidationConfig(every=4)
+    rules = ValidationConfig(every=3)
     config = replace(CONFIG, validation=rules)
     params = train_sft(config, MODEL, init(MODEL, 0), data(), tmp_path, seed=0, held_back=HELD)
     rows = steps_of(tmp_path)
-    found = {row["step"]: row["sft/validation_loss"] for row in rows if len(row) > 7}
-    assert len(rows) % 4 and list(found) == [*range(4, len(rows), 4), len(rows)]
+    found = {
+        row["step"]: row["sft/validation_loss"] for row in rows if "sft/validation_loss" in row
+    }
+    assert len(rows) % 3 and list(found) == [*range(3, len(rows), 3), len(rows)]
     learner = Learner(MODEL, OptimizerConfig().build(1), nll)
     alone = [pack([example], 48, 48) for example in HELD]
     total = sum((r.weight * learner.logprobs(params, r)).sum() for r in alone)
@@ -113,11 +115,9 @@ def test_resumed_anywhere_it_ends_where_it_would_have(tmp_path: Path) -> None:
     best = min(scored, key=lambda step: (scored[step], -step))
     assert best < len(rows)  # what it ends with is not the last
     assert len(rows) == best + 2 * 3  # two validations after the best, and no more
-    for stop in (4, len(rows)):
-        with pytest.raises(Killed):
-            run(f"cut-{stop}", stop)
-        assert same(run(f"cut-{stop}"), whole), stop
-        assert steps_of(tmp_path / f"cut-{stop}") == rows
+    with pytest.raises(Killed):
+        run("cut", 8)  # that was left out
+    assert same(run("cut"), whole) and steps_of(tmp_path / "cut") == rows
     again = run("whole")  # nothing is left to do, and it is the best again
     assert same(again, whole) and steps_of(tmp_path / "whole") == rows
 

@@ -70,10 +70,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--episodes", type=int, default=400, help="made-up ones, of log-normal lengths")
     add("--rounds", type=int, default=5)
     add("--updates", type=int, default=3, help="that are trained in a round")
-    add("--row-tokens", type=int, default=1024)
-    add("--row-targets", type=int, default=512)
-    add("--batch-rows", type=int, default=8)
-    add("--microbatch", type=int, default=4, help="rows of a microbatch")
+    add("--row-tokens", type=int, default=2048)
+    add("--row-targets", type=int, default=1024)
+    add("--batch-rows", type=int, default=4)
+    add("--microbatch", type=int, default=2, help="rows of a microbatch")
     add("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(argv)
     for name in ("episodes", "rounds", "updates", "row_tokens", "batch_rows", "microbatch"):
@@ -184,7 +184,7 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(row["name"], f"{row['value']:.0f}", between, f"{row['ratio']:.1f}")
     console.print(table)
     console.print(
-        f"{found['episodes']} episodes of {found['tokens']} tokens in {found['packed_rows']} rows, of "
-        f"which they take {found['token_use']:.1%}; on {found['cores']} cores",
+        f"{found['episodes']} episodes of {found['tokens']} tokens in {found['packed_rows']} rows, "
+        f"of which they take {found['token_use']:.1%}; on {found['cores']} cores",
         style="dim",
     )
