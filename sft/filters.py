@@ -16,7 +16,7 @@ from sft.trajectory import Trajectory
 WINDOW = 6  # lines that follow one another; a shorter function counts whole
 MIN_LINES, MIN_CHARS = 3, 80  # less than this is what any two programs share
 _WIDTH = 120  # of a line that is compared: tools cut long ones
-_NUMBERED = re.compile(r"\d+ ?")
+_NUMBERED = re.compile(r"^\s*\d+ ?")  # as `view` and `search` show lines
 _MARK = re.compile(r"[-+ ]")
 
 
