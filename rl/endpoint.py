@@ -35,13 +35,30 @@ class EndpointSession:
         self._endpoint, self._renderer, self._seed = endpoint, renderer, seed
         self._messages: list[dict[str, Any]] = []
         self._turns = 0
-        self._last = ""
+        self._turn: list[int] = []  # the turn so far
+        self._rest: list[int] = []  # of the answer, beyond what was asked for
+        self._said: list[int] = []  # the answer without its thinking
+        self._ended = True
 
     async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
         """Raises GivenUp where the endpoint, or what may be spent on it, ends the episode, and
         OutOfBudget where it cannot begin."""
+        if texts:
+            await self._ask(texts)
+        elif ids:  # its thinking was ended for it: on with what it says behind
+            self._turn += ids
+            self._rest = self._said
+        # the same limit as a sampled turn
+        written, self._rest = self._rest[:max_new], self._rest[max_new:]
+        self._turn += written
+        return Reply(written, [0.0] * len(written), self._ended and not self._rest)
+
+    async def _ask(self, texts: Sequence[str]) -> None:
+        """The next answer, as ids."""
+        renderer = self._renderer
         if self._messages:
-            self._messages += exchange(self._turns, self._last, texts)
+            last = renderer.tokenizer.decode(self._turn)
+            self._messages += exchange(self._turns, last, texts)
         else:
             self._messages = opening(texts[0])
         self._turns += 1
@@ -55,13 +72,10 @@ class EndpointSession:
             if self._turns == 1:
                 raise  # there is no episode yet
             raise GivenUp("budget") from None
-        written = self._renderer.reply(answer.calls, answer.content, answer.thought)
-        if not answer.ended:
-            written = written[:-1]  # it did not end its turn itself
-        ended = answer.ended and len(written) <= max_new  # the same limit as a sampled turn
-        written = written[:max_new]
-        self._last = self._renderer.tokenizer.decode(written)
-        return Reply(written, [0.0] * len(written), ended)
+        self._turn, self._ended = [], answer.ended
+        end = None if answer.ended else -1  # a turn that was cut off has no end token
+        self._rest = renderer.reply(answer.calls, answer.content, answer.thought)[:end]
+        self._said = renderer.reply(answer.calls, answer.content)[:end]
 
     def close(self) -> None:
         pass
