@@ -7,10 +7,7 @@ which have no fixed form, are JSON.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -18,12 +15,14 @@ from typing import Any, overload
 import numpy as np
 
 from configs.errors import InputError
+from configs.tfds_folder import write_tfds
 from sft.examples import Examples
 from sft.trajectory import Trajectory, from_record, to_record
 
 NAME = "remend_trajectories"
 VERSION = "1.0.0"
 SPLIT = "train"
+_DESCRIPTION = "Episodes of an agent that repaired code, token by token."
 _IDS = {"ids": np.int32, "author": np.int32, "logprobs": np.float32, "versions": np.int32}
 _TEXT = ("task", "package", "operator", "split", "policy", "prompt", "patch", "stop")
 _WHOLE, _REAL = ("seed", "weight_version"), ("reward", "seconds")  # int64, float32
@@ -31,57 +30,23 @@ _JSON = ("turns", "verdict")
 
 
 def write_dataset(
-    folder: Path,
-    examples: Examples,
-    on_done: Callable[[int, int], None] = lambda *_: None,
+    folder: Path, examples: Examples, on_done: Callable[[int, int], None] = lambda *_: None
 ) -> Path:
     """Write `folder`/remend_trajectories/1.0.0, whole or not at all, in their order.
 
     Read it by ``tfds.data_source("remend_trajectories", data_dir=folder, split="train")``.
-
     `on_done` is told (trajectories written, of how many). Raises InputError if there is such a
     dataset already, or if there are no examples.
     """
-    import tensorflow_datasets as tfds
-
-    path = folder / NAME / VERSION
-    if path.exists():
-        raise InputError(f"{path} is a dataset already: choose another folder, or delete it")
     if not examples:
         raise InputError("there is no trajectory to keep: look at what teach.keep leaves out")
 
-    class Builder(
-        tfds.core.GeneratorBasedBuilder,
-        skip_registration=True,  # type: ignore[call-arg]
-    ):
-        name = NAME
-        VERSION = tfds.core.Version(VERSION)
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, (trajectory, weight) in enumerate(examples.weighted(), 1):
+            yield _entry(trajectory, weight)
+            on_done(number, len(examples))
 
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Episodes of an agent that repaired code, token by token.",
-                features=_features(tfds),
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, manager: Any) -> Any:
-            return {SPLIT: self._generate_examples()}
-
-        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-            for number, (trajectory, weight) in enumerate(examples.weighted()):
-                yield number, _entry(trajectory, weight)
-                on_done(number + 1, len(examples))
-
-    tfds.disable_progress_bar()
-    # TFDS writes beside the folder and renames it in the end; what it says is no answer of ours
-    with contextlib.redirect_stdout(sys.stderr):
-        builder = Builder(data_dir=str(folder), file_format="array_record")
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
-    shutil.rmtree(folder / "downloads", ignore_errors=True)  # empty: nothing was
-    return path
+    return write_tfds(folder, NAME, VERSION, _DESCRIPTION, _features, {SPLIT: rows()})
 
 
 class Published(Sequence[Trajectory]):
