@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,19 @@ class Checkpoints:
 
         self._ocp, self._folder, self._background = ocp, Path(folder).absolute(), background
         newest = preserve.LatestN(max(keep, 2))
-        highest = preserve.BestN(
-            get_metric_fn=lambda metrics: metrics["score"],
-            n=best,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._scores: dict[int, float] = {}
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preserve.AnyPreservationPolicy([newest, highest]),
+                preservation_policy=preserve.AnyPreservationPolicy(
+                    [newest, _Best(best, self._scores)]
+                ),
                 enable_async_checkpointing=background,
                 create=True,
             ),
         )
+        if best:
+            self._scores.update(self._read_scores())
 
     def save(
         self,
@@ -73,6 +74,9 @@ class Checkpoints:
         self._list_files()
         if step in self._manager.all_steps():
             self._manager.delete(step)
+        self._scores.pop(step, None)
+        if score is not None:
+            self._scores[step] = float(score)
         self._manager.save(
             step,
             args=self._ocp.args.Composite(
@@ -85,7 +89,6 @@ class Checkpoints:
                     }
                 ),
             ),
-            metrics=None if score is None else {"score": float(score)},
         )
 
         if not self._background:
@@ -97,13 +100,22 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step on disk with the highest score, the newest of several; None without scores."""
-        args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
-        scored = []
-        for step in self.steps():
-            score = self._manager.restore(step, args=args).meta.get("score")
-            if score is not None:
-                scored.append((score, step))
+        scored = [(score, step) for step, score in self._read_scores().items()]
         return max(scored)[1] if scored else None
+
+    def _read_scores(self) -> dict[int, float]:
+        """Of the steps on disk that have one; a damaged step has none."""
+        args = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
+        found = {}
+        for step in self.steps():
+            try:
+                score = self._manager.restore(step, args=args).meta.get("score")
+            except Exception as error:  # orbax and tensorstore each raise their own
+                warnings.warn(f"checkpoint {step} has no score: {error}", stacklevel=2)
+                continue
+            if score is not None:
+                found[step] = float(score)
+        return found
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """The tree of one step, with the shapes, dtypes and shardings of ``like``.
@@ -221,3 +233,18 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
         return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
     return [one(leaf) for leaf in leaves]
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Orbax's rule of what to keep: the `number` steps with the highest scores, the newer of equal
+    ones. Its own rule forgets the scores of steps that an earlier process saved."""
+
+    number: int
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = sorted((self.scores[step], step) for step in steps if step in self.scores)
+        best = {step for _, step in scored[max(len(scored) - self.number, 0) :]}
+        return [step in best for step in steps]

@@ -71,12 +71,18 @@ class Reply:
         return self.versions[-1] if self.versions else -1
 
 
+class GivenUp(Exception):
+    """A policy cannot go on with this episode, which ends as it stands. The message, one word, is
+    why."""
+
+
 class Session(Protocol):
     """A policy inside one episode."""
 
     async def reply(self, ids: Sequence[int], texts: Sequence[str], max_new: int) -> Reply:
         """The next turn, given what is new: the ids, and the same as texts. Where nothing is, or
-        ids without texts, the turn before goes on, which had no end."""
+        ids without texts, the turn before goes on, which had no end. May raise
+        GivenUp."""
         ...
 
     def close(self) -> None: ...
@@ -209,7 +215,11 @@ async def _converse(
             return
         record.add(ids, ENVIRONMENT)
         start = len(record.ids)
-        ended = await _sample(record, session, ids, texts, budget, renderer, config)
+        try:
+            ended = await _sample(record, session, ids, texts, budget, renderer, config)
+        except GivenUp as error:
+            record.stop = str(error)
+            return
         written = record.ids[start:]
         said = renderer.answer(written)
         turn = Turn(renderer.tokenizer.decode(written), [], [])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import Preempted
+from configs.errors import InputError, Preempted
 from configs.files import append_jsonl
 from model.hosts import agree, barrier, exists, host_count, host_index
 from model.preempt import unless_noticed
@@ -16,6 +16,7 @@ from sandbox.base import SandboxBroken, SandboxPool
 from sandbox.environments import SIMPLIFIED, Setting
 from sandbox.task import Task
 from sft.chat import Renderer
+from sft.endpoint import OutOfBudget
 from sft.trajectory import Stored, Trajectory, load, save, to_record
 
 TRIES = 4
@@ -72,19 +73,29 @@ async def run_episodes(
 ) -> list[Trajectory]:
     """Run all episodes, `concurrency` at a time; results come in the order of `episodes`.
 
-    Any failure of the harness that `run_whole` raises cancels the rest and is raised.
+    Any failure of the harness that `run_whole` raises cancels the rest and is raised. Once an
+    episode cannot begin for want of budget no more are begun; they are left out.
     """
     gate = asyncio.Semaphore(concurrency)
+    spent = False
 
-    async def one(episode: Episode) -> Trajectory:
+    async def one(episode: Episode) -> Trajectory | None:
+        nonlocal spent
         async with gate:
-            done = await run_whole(episode, policy, pool, renderer, config, setting)
+            if spent:
+                return None
+            try:
+                done = await run_whole(episode, policy, pool, renderer, config, setting)
+            except OutOfBudget:
+                spent = True
+                return None
         on_done(done)
         return done
 
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(one(episode)) for episode in episodes]
-    return [task.result() for task in running]
+    finished = [task.result() for task in running]
+    return [done for done in finished if done is not None]
 
 
 async def run_to_file(
@@ -98,13 +109,15 @@ async def run_to_file(
     concurrency: int,
     setting: Setting = SIMPLIFIED,
     on_done: Callable[[Trajectory], None] = lambda _: None,
+    partly: bool = False,
 ) -> Stored:
     """Like `run_episodes`, kept in `path`: finished episodes survive a kill and are not run again.
 
     While under way they are in `path.partial`, or, where several hosts share them out, in one such
-    file of each; `path` itself only ever holds the whole set.
+    file of each; `path` itself only ever holds the whole set. `partly`: those that there was budget
+    for are the whole set.
 
-    Raises Preempted if a host was told to stop.
+    Raises Preempted if a host was told to stop, InputError if the budget did not last.
     """
     if exists(path):
         return Stored(path)
@@ -123,8 +136,9 @@ async def run_to_file(
     for trajectory in done.values():
         on_done(trajectory)
     todo = [e for e in episodes if (e.task.name, e.seed) not in done]
+    own = todo[host_index() :: host_count()]
     running = run_episodes(
-        todo[host_index() :: host_count()],
+        own,
         policy,
         pool,
         renderer,
@@ -134,11 +148,19 @@ async def run_to_file(
         on_done=keep,
     )
     fresh = await unless_noticed(running)
-    if not all(agree(fresh is not None)):
+    missing = agree(None if fresh is None else len(own) - len(fresh))
+    if None in missing:
         raise Preempted(f"the episodes that are done are in {partial.parent}")
+    if sum(missing) and not partly:
+        raise InputError(
+            f"the budget lasted for {len(episodes) - sum(missing)} of {len(episodes)} episodes, "
+            f"which are kept in {partial.parent}: the same command goes on with more "
+            "teach.endpoint.budget, or without the rest with teach.endpoint.when_spent=train"
+        )
     if host_index() == 0:
         done = _left_over(path)
-        save(path, [done[e.task.name, e.seed] for e in episodes])
+        keys = [(e.task.name, e.seed) for e in episodes]
+        save(path, [done[key] for key in keys if key in done])
         for left in _partials(path):
             left.unlink()
     barrier(f"{path} whole")

@@ -80,7 +80,7 @@ def _slips(
     places = []
     for path, data in files.items():
         with contextlib.suppress(InputError, UnicodeDecodeError):
-            source, other = data.decode("utf-8"), others[path].decode("utf-8")
+            source, other = data.decode("utf-8"), others.get(path, b"").decode("utf-8")
             touched = _touched(source, other)
             names = {span.name: range(span.line, span.end_line + 1) for span in functions(source)}
             near = {line for name in touched for line in names[name]}

@@ -4,12 +4,42 @@ builds its own rows when their turn comes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import grain
 import jax
 import numpy as np
 
 from model.share import Share
 from sft.packing import Example, Plan, Rows, build, microbatches
+
+
+def input_of(
+    examples: Sequence[Example],
+    plan: Plan,
+    order: Sequence[np.ndarray],
+    microbatch_rows: int,
+    share: Share,
+    length: int,
+    targets: int,
+) -> grain.MapDataset:
+    """This host's microbatches of each update, as a Grain dataset: element i is what
+    `share_of_batch` makes of the planned rows `order[i]`, and depends on nothing else. So the
+    number of updates done is all that its place needs: a run goes on with ``dataset[done:]``.
+    """
+
+    def rows(numbers: np.ndarray) -> list[Rows]:
+        wanted = [plan[row] for row in np.sort(numbers)]
+        return share_of_batch(examples, wanted, microbatch_rows, share, length, targets)
+
+    return grain.MapDataset.source(order).map(rows)
+
+
+def ahead(dataset: grain.MapDataset, start: int) -> Any:
+    """An iterator (to be closed) over the elements from `start` on, of which a thread makes the
+    next while one is worked on."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(dataset[start:].to_iter_dataset(options))
 
 
 def share_of_batch(

@@ -132,12 +132,22 @@ class Renderer:
             ids += self._marked("\n</tool_response>")
         return ids + self._marked("<|im_end|>\n" + self._opening())
 
-    def reply(self, calls: Sequence[ToolCall], content: str = "") -> list[int]:
-        """Ids of one assistant turn, its end token included: what a policy would have sampled."""
-        ids = self._plain(content)
+    def reply(
+        self, calls: Sequence[ToolCall | str], content: str = "", thought: str = ""
+    ) -> list[int]:
+        """Ids of one assistant turn, its end token included: what a policy would have sampled.
+
+        A call given as text stands inside its tags as it is. `thought` is written in thinking mode
+        alone: without it the prompt has the empty block already.
+        """
+        ids: list[int] = []
+        if thought and self.thinking:
+            ids += self._marked("<think>\n") + self._plain(thought) + self._marked("\n</think>\n\n")
+        ids += self._plain(content)
         for i, call in enumerate(calls):
             lead = "\n" if i or content else ""
-            ids += self._marked(f"{lead}<tool_call>\n") + self._plain(call_text(call))
+            inside = call if isinstance(call, str) else call_text(call)
+            ids += self._marked(f"{lead}<tool_call>\n") + self._plain(inside)
             ids += self._marked("\n</tool_call>")
         return ids + self._marked("<|im_end|>")
 

@@ -176,7 +176,7 @@ class Learner:
             return grads, {k: v * (scale if k == "loss" else each) for k, v in sums.items()}
 
         def step(
-            state: TrainState, rows: Rows, number: jax.Array
+            state: TrainState, rows: Rows, number: jax.Array, limit: jax.Array | None = None
         ) -> tuple[TrainState, dict[str, jax.Array]]:
             trained, frozen = split(state.params)
             mapped = self._map(
@@ -188,10 +188,18 @@ class Learner:
             opt_state = state.opt_state
             if offload:
                 opt_state = jax.device_put(opt_state, self._layout("device").opt_state)
-            updates, opt_state = optimizer.update(grads, opt_state, trained)
-            params = join(optax.apply_updates(trained, updates), frozen)
+            updates, moved = optimizer.update(grads, opt_state, trained)
+            updated = optax.apply_updates(trained, updates)
             metrics["grad_norm"] = optax.tree.norm(grads)
-            return TrainState(params, opt_state, state.step + 1), metrics
+            if limit is not None:
+                made = jnp.isfinite(metrics["grad_norm"]) & (metrics["loss"] <= limit)
+                metrics["skipped"] = 1.0 - made
+                updated, moved = jax.tree.map(
+                    lambda new, old: jnp.where(made, new, old),
+                    (updated, moved),
+                    (trained, opt_state),
+                )
+            return TrainState(join(updated, frozen), moved, state.step + 1), metrics
 
         def logprobs(params: Params, rows: Rows) -> jax.Array:
             specs = _row_specs(rows)
@@ -225,17 +233,23 @@ class Learner:
         return params if self._mesh is None else jax.device_put(params, self._layout().params)
 
     def step(
-        self, state: TrainState, batches: Sequence[Rows]
+        self, state: TrainState, batches: Sequence[Rows], limit: float | None = None
     ) -> tuple[TrainState, dict[str, float]]:
         """One update from all microbatches together. `state` is donated.
 
-        Returns the new state and metrics: means per loss token, and `grad_norm`.
+        With a `limit` an update whose loss is above it, or not finite, changes nothing but `step`;
+        the old state then needs memory beside the new one.
+
+        Returns the new state and metrics: means per loss token, `grad_norm`, and with a limit
+        `skipped`, 1 for an update that was left out.
         """
         # Compiled for a power of two of microbatches, of which the loop runs those that are there.
         self._longest = max(self._longest, 1 << (len(batches) - 1).bit_length())
         spare = [jax.tree.map(np.zeros_like, batches[0])] * (self._longest - len(batches))
         rows = jax.tree.map(lambda *parts: np.stack(parts), *batches, *spare)
-        state, metrics = self._step(state, self._put(rows, ahead=1), np.int32(len(batches)))
+        put = self._put(rows, ahead=1)
+        guard = None if limit is None else np.float32(limit)
+        state, metrics = self._step(state, put, np.int32(len(batches)), guard)
         return state, {k: float(v) for k, v in jax.device_get(metrics).items()}
 
     def logprobs(self, params: Params, rows: Rows) -> np.ndarray:

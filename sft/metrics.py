@@ -31,6 +31,12 @@ class Metrics:
         for tracker in self._trackers:
             tracker.write(row)
 
+    def read(self, phase: str, step: int) -> list[dict]:
+        """The rows of `phase` up to `step`, in order, on every host."""
+        if not self._path.exists():
+            return []
+        return [r for r in read_jsonl(self._path) if r["phase"] == phase and r["step"] <= step]
+
     def rewind(self, phase: str, step: int) -> None:
         """Where `phase` begins or goes on, before its first `write`: forget its steps after `step`,
         which a resumed run will do again."""

@@ -42,7 +42,8 @@ class Trajectory:
       verdict: that environment's; other_verdict: the other one's on the same diff, {} where it was
         not asked.
       reward: 1.0 for a passing verdict, else 0.0.
-      stop: why the episode ended: "submit", "turns", "tokens", or "sandbox" if that broke.
+      stop: why the episode ended: "submit", "turns", "tokens"; "sandbox" if that broke; "declined"
+        or "budget" where the teacher's endpoint would not go on, or could not be paid for it.
     """
 
     task: str
@@ -124,26 +125,24 @@ def save(path: Path, trajectories: Iterable[Trajectory]) -> None:
 
 def load(path: Path) -> list[Trajectory]:
     """Read trajectories back; `InputError` names the file and line of a bad record."""
-    return _parse(path, enumerate(read_jsonl(path), 1))
+    return [from_record(r, f"{path}:{number}") for number, r in enumerate(read_jsonl(path), 1)]
 
 
-def _parse(path: Path, numbered: Iterable[tuple[int, dict[str, Any]]]) -> list[Trajectory]:
+def from_record(record: dict[str, Any], where: str) -> Trajectory:
+    """A trajectory from its JSON form; `InputError` says `where` a bad one is."""
     names = {f.name for f in fields(Trajectory)}
-    found = []
-    for number, record in numbered:
-        try:
-            record = {key: value for key, value in record.items() if key in names}
-            record["turns"] = [Turn(**turn) for turn in record["turns"]]
-            trajectory = Trajectory(**record)
-            lengths = {len(trajectory.ids), len(trajectory.author), len(trajectory.logprobs)}
-            if trajectory.versions:
-                lengths.add(len(trajectory.versions))
-            if len(lengths) != 1:
-                raise ValueError("ids, author, logprobs and versions differ in length")
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}:{number}: not a trajectory: {error}") from None
-        found.append(trajectory)
-    return found
+    try:
+        record = {key: value for key, value in record.items() if key in names}
+        record["turns"] = [Turn(**turn) for turn in record["turns"]]
+        trajectory = Trajectory(**record)
+        lengths = {len(trajectory.ids), len(trajectory.author), len(trajectory.logprobs)}
+        if trajectory.versions:
+            lengths.add(len(trajectory.versions))
+        if len(lengths) != 1:
+            raise ValueError("ids, author, logprobs and versions differ in length")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: not a trajectory: {error}") from None
+    return trajectory
 
 
 class Stored(Sequence[Trajectory]):
@@ -170,4 +169,5 @@ class Stored(Sequence[Trajectory]):
         with self._path.open("rb") as file:
             file.seek(self._ends[number])
             line = file.readline()
-        return _parse(self._path, [(number + 1, read_record(line, self._path, number + 1))])[0]
+        record = read_record(line, self._path, number + 1)
+        return from_record(record, f"{self._path}:{number + 1}")

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax
+
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 METRICS = re.findall(r"^\| `([a-z]+/[^`]+)` \|", TABLE.read_text(), re.M)
 
@@ -26,3 +28,31 @@ def unexplained(keys: Iterable[str]) -> list[str]:
     """Those that docs/metrics.md has no row for."""
     named = {re.sub(r"^stale/age_\d+$", "stale/age_N", key) for key in keys}
     return sorted(named - {"phase", "step", *METRICS})
+
+
+class Compilations:
+    """How many programs XLA has compiled by each update of a loop that calls `note` after it."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.by_step: list[int] = []
+
+    def __enter__(self) -> Compilations:
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, seconds: float, **_: object) -> None:
+        self.total += event == "/jax/core/compile/backend_compile_duration"
+
+    def note(self, *_: object) -> None:
+        """An update is done."""
+        self.by_step.append(self.total)
+
+    def after(self, step: int) -> int:
+        """Programs compiled later than the update of that number, counted from 1; there must be
+        later ones, and some by then."""
+        assert len(self.by_step) > step and self.by_step[step - 1] > 0
+        return self.by_step[-1] - self.by_step[step - 1]

@@ -34,7 +34,7 @@ VERBS = {
 # top-level module -> what to install when it is missing
 INSTALLS = {
     **dict.fromkeys(
-        ("jax", "flax", "optax", "orbax", "tokenizers", "safetensors", "httpx2"), "remend"
+        ("jax", "flax", "optax", "orbax", "grain", "tokenizers", "safetensors", "httpx2"), "remend"
     ),
     **dict.fromkeys(("numpy", "yaml", "pydantic", "rich", "unearth", "pytest"), "remend"),
     "docker": "remend[docker]",
@@ -101,6 +101,8 @@ def explain(error: BaseException) -> int | None:
         case Preempted():
             print(f"remend: stopped by SIGTERM: {error}; same command resumes", file=sys.stderr)
             return 75  # EX_TEMPFAIL of sysexits.h
+        case BaseExceptionGroup(exceptions=[first, *_]):  # of things done side by side
+            return explain(first)
         case KeyboardInterrupt():
             print("remend: interrupted", file=sys.stderr)
             return 130

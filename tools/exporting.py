@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.tfds_folder import write_tfds
 from sandbox.image_task import ImageTask
 from sandbox.task import Task, load_tasks, save_whole
 from sandbox.task_index import NAMED
 from tools.progress import progress
-from tools.tfds_folder import write_tfds
 
 NAME, VERSION = "remend_tasks", "1.0.0"
 _DESCRIPTION = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,152 +17,40 @@ from jax.sharding import Mesh
 
 from configs.errors import InputError
 from configs.files import append_jsonl, write_atomic
-from configs.schema import dump
+from configs.schema import dump, load
 from model.config import Qwen3Config
 from model.decode import Engine, check_room
 from model.folder import load_policy
 from model.hf import load_hf, save_hf
 from model.host import keep_freed_memory
 from model.hosts import barrier, exists, host_count, host_index
-from model.lora import Lora, add_adapters, merged
+from model.lora import merged
 from model.peft import save_peft
 from model.qwen3 import Params, abstract
-from model.sharding import MeshConfig, make_mesh, param_shardings, simulate_devices
+from model.sharding import make_mesh, param_shardings, simulate_devices
 from model.share import whole
-from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
+from rl.agent import NoopPolicy, Policy, TeacherPolicy
+from rl.endpoint import EndpointPolicy
 from rl.inprocess import InProcessServer
-from rl.learning import RLConfig
 from rl.rollout import Episode, run_episodes, run_to_file
-from rl.serving import SGLangConfig, check_serving
 from rl.train import episode_seed
 from sandbox.agent_tools import tools_of
 from sandbox.backends import make_pool
-from sandbox.base import Limits
-from sandbox.docker import ContainerConfig, DockerHost
-from sandbox.environments import Environment, Setting
+from sandbox.environments import Setting
 from sandbox.image_task import ImageTask
 from sandbox.memo import TestMemo
 from sandbox.task import Task, load_tasks
 from sft.chat import Renderer
-from sft.examples import Examples
-from sft.tracking import TrackingConfig, open_trackers
-from sft.train import SFTConfig, train_sft
+from sft.dataset import Published
+from sft.endpoint import Endpoint, endpoint_key
+from sft.spending import Spending
+from sft.tracking import open_trackers
 from sft.trajectory import Trajectory
+from tools.fine_tune import fine_tune
 from tools.progress import progress
 from tools.reinforce import reinforce
+from tools.run_config import POLICIES, RunConfig, TaskConfig, check, same_run
 from tools.suites import judged_in_full
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task."""
-
-    index: str = "shipped"
-    train: int = 0
-    heldout: int = 0
-
-
-@dataclass(frozen=True)
-class SandboxConfig:
-    """Where repairs happen.
-
-    slots: sandboxes that run at one time, and so episodes, for each holds one until its end.
-    remember: give the report of an earlier test run when the very same tree is tested again.
-    backend: auto, bwrap or plain on this machine; docker on `hosts` (none: this machine's engine).
-    container: how Docker makes them.
-    shell_without_isolation: let the policy of environment=full have its shell in the plain backend
-      too, which hides no file of this machine from it.
-    """
-
-    slots: int = 4
-    remember: bool = True
-    backend: Literal["auto", "bwrap", "plain", "docker"] = "auto"
-    hosts: tuple[DockerHost, ...] = ()
-    container: ContainerConfig = field(default_factory=ContainerConfig)
-    limits: Limits = field(default_factory=Limits)
-    shell_without_isolation: bool = False
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What samples in rollouts. `kind`: "inprocess", this process's own engine (evaluations always
-    use it), or servers of "sglang" or "sglang-jax".
-
-    `slots`: episodes that hold a KV cache at one time. A decode step of the own engine computes all
-    of them: more than there are sandboxes stay empty, and cost as much.
-    """
-
-    kind: Literal["inprocess", "sglang", "sglang-jax"] = "inprocess"
-    slots: int = 4
-    prefill_chunk: int = 64
-    prefill_rows: int = 8
-    sglang: SGLangConfig = field(default_factory=SGLangConfig)
-
-
-@dataclass(frozen=True)
-class TeachConfig:
-    """`tries`: the teacher's episodes per training task."""
-
-    tries: int = 2
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """`tries`: episodes per held-out task, each with its own seed."""
-
-    tries: int = 2
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """How the policy is computed, whatever its size: fields of the same names in Qwen3Config.
-
-    `param_dtype`: of the weights that are trained; None leaves them as they are stored.
-    """
-
-    dtype: str = "float32"
-    param_dtype: str | None = None
-    remat: str = "none"
-    attention: str = "xla"
-    scan_layers: bool = True
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One run: model × data × algorithm × environment.
-
-    policy: "shipped", or a folder (Hugging Face, Orbax or MaxText) with the weights to start from
-      and their tokenizer.
-    mesh: how the devices of all hosts share the work of training.
-    lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
-      on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
-    environment: what the policy has in its episodes, and whose verdict is the reward
-      (`sandbox.environments`).
-    hide_tests: take the tests that have to be repaired out of the policy's copy of the repository:
-      it has their names from its instructions, and what it can run are the others. Not for the
-      search teacher, which goes by failures.
-    judge_both: in evaluations, find the other environment's verdict on each diff as well.
-    """
-
-    policy: str = "shipped"
-    environment: Environment = "simplified"
-    hide_tests: bool = False
-    judge_both: bool = False
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    lora: Lora | None = None
-    tasks: TaskConfig = field(default_factory=TaskConfig)
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    teach: TeachConfig = field(default_factory=TeachConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
 
 
 class Pipeline:
@@ -180,7 +68,9 @@ class Pipeline:
     def __init__(
         self, config: RunConfig, run: Path, seed: int, *, rl: bool = True, serves: bool = True
     ) -> None:
-        _check(config, rl)
+        check(config, rl)
+        if config.teach.teacher == "endpoint" and not exists(run / "trajectories/teacher.jsonl"):
+            endpoint_key(config.teach.endpoint)
         keep_freed_memory()
         simulate_devices(_devices_here(config.mesh.devices))
         self.config, self.run, self.seed = config, run, seed
@@ -193,6 +83,7 @@ class Pipeline:
             check_room(self.start.config, config.server.slots, config.agent.max_tokens)
         self.train_tasks = _tasks(config.tasks, "train", config.tasks.train)
         self.heldout_tasks = _tasks(config.tasks, "heldout", config.tasks.heldout)
+        self._published = self._dataset() if config.teach.dataset else None
         self.trackers = open_trackers(config.tracking, run) if host_index() == 0 else []
         self._usable: dict[str, list[Task]] = {}
         self._keep_config()
@@ -214,6 +105,8 @@ class Pipeline:
         await self.pool.close()
         for tracker in self.trackers:
             tracker.close()
+        if "endpoint" in self.__dict__:
+            await self.endpoint.close()
 
     @functools.cached_property
     def renderer(self) -> Renderer:
@@ -281,38 +174,43 @@ class Pipeline:
         """What ends a policy's turn."""
         return (self.start.tokenizer.id("<|im_end|>"),)
 
+    @functools.cached_property
+    def endpoint(self) -> Endpoint:
+        """The teacher's, where it has one; what it has cost is in the run folder."""
+        config = self.config.teach.endpoint
+        return Endpoint(config, Spending(self.run, config.prices, config.budget))
+
+    @functools.cached_property
+    def teacher(self) -> Policy:
+        if self.config.teach.teacher == "endpoint":
+            return EndpointPolicy(self.endpoint, self.renderer)
+        if self.config.teach.teacher == "dataset":
+            raise InputError("with teach.teacher=dataset there is no teacher that could play")
+        return TeacherPolicy(self.renderer)
+
     # stages
 
     async def teach(self) -> Sequence[Trajectory]:
         """The teacher's episodes on the training tasks."""
+        if self._published is not None:
+            return self._published
         tries = range(self.config.teach.tries)
         episodes = [
             Episode(task, episode_seed(self.seed, 1, i, j))
             for i, task in enumerate(await self.tasks("train"))
             for j in tries
         ]
-        policy = TeacherPolicy(self.renderer)
-        return await self._episodes("teacher", episodes, policy, "teacher", self.setting)
+        return await self.record("teacher", episodes, self.teacher, "teacher", self.setting)
 
-    def sft(self, trajectories: Sequence[Trajectory]) -> Params:
-        """Fine-tune the starting policy on the verified trajectories; its parameters."""
+    async def sft(self, taught: Sequence[Trajectory]) -> Params:
+        """Fine-tune the starting policy on the teacher's episodes; its parameters."""
         folder = self.run / "snapshots" / "sft"
         if not exists(folder):
             with progress(_label("SFT")) as report:
-                params = train_sft(
-                    self.config.sft,
-                    self.trained,
-                    add_adapters(self._take_start(), self.config.lora, self.seed),
-                    Examples(trajectories),
-                    self.run,
-                    seed=self.seed,
-                    mesh=self.mesh,
-                    trackers=self.trackers,
-                    on_step=lambda n, of, m: report(n, of, f"loss {m['sft/loss']:.3f}"),
-                )
+                params = await fine_tune(self, taught, report)
             self._keep(folder, params, self.start.folder)
         else:
-            self._take_start()  # nobody wants them any more
+            self.take_start()  # nobody wants them any more
         return self._load(folder)
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
@@ -333,20 +231,21 @@ class Pipeline:
             self.engine.set_params(whole(params), 0)
             policy: Policy = self.served(name)
         else:
-            policy = NoopPolicy(self.renderer) if name == "noop" else TeacherPolicy(self.renderer)
+            policy = NoopPolicy(self.renderer) if name == "noop" else self.teacher
         episodes = [
             Episode(task, episode_seed(self.seed, 2, i, j))
             for i, task in enumerate(await self.tasks("heldout"))
             for j in range(1 if name == "noop" else self.config.eval.tries)
         ]
         setting = replace(self.setting, judge_both=self.config.judge_both)
-        return await self._episodes(f"eval-{name}", episodes, policy, f"evaluate {name}", setting)
+        return await self.record(f"eval-{name}", episodes, policy, f"evaluate {name}", setting)
 
-    async def _episodes(
+    async def record(
         self, stem: str, episodes: Sequence[Episode], policy: Policy, label: str, setting: Setting
     ) -> Sequence[Trajectory]:
         """Run episodes into `trajectories/STEM.jsonl`, with progress."""
         solved: list[bool] = []
+        endpoint = self.config.teach.endpoint if isinstance(policy, EndpointPolicy) else None
         with progress(_label(label)) as report:
 
             def on_done(trajectory: Trajectory) -> None:
@@ -360,9 +259,10 @@ class Pipeline:
                 self.pool,
                 self.renderer,
                 self.config.agent,
-                concurrency=self.config.server.slots,
+                concurrency=endpoint.concurrency if endpoint else self.config.server.slots,
                 setting=setting,
                 on_done=on_done,
+                partly=endpoint is not None and endpoint.when_spent == "train",
             )
         self._note_pool(stem)
         return done
@@ -380,6 +280,17 @@ class Pipeline:
         )
         self._note_pool("rl")
         return done
+
+    def _dataset(self) -> Sequence[Trajectory]:
+        """The episodes that another run's teacher left, if this run would render them so too."""
+        found = Published(Path(self.config.teach.dataset))
+        prompt = self.renderer.prompt(found[0].prompt)
+        if found[0].ids[: len(prompt)] != prompt:
+            raise InputError(
+                f"{self.config.teach.dataset} was written for another tokenizer, or with other "
+                "agent.thinking or agent.declare_tools"
+            )
+        return found
 
     def _note_pool(self, stage: str) -> None:
         """How the pool of sandboxes did so far, in `sandbox.jsonl`: queue, leases, failures."""
@@ -403,7 +314,7 @@ class Pipeline:
     def _load(self, folder: Path) -> Params:
         return load_hf(folder, shardings=self._shardings).params
 
-    def _take_start(self) -> Params:
+    def take_start(self) -> Params:
         """The starting weights, of which only the shapes remain here: beside what is trained they
         would fill a pod's devices for nothing."""
         params = self.start.params
@@ -411,9 +322,11 @@ class Pipeline:
         return params
 
     def _keep_config(self) -> None:
-        """Write `config.yaml`, or check that a resumed run has the same one."""
+        """Write `config.yaml`; a resumed run may differ in how its endpoint is dealt with alone."""
         path, text = self.run / "config.yaml", f"# seed: {self.seed}\n{dump(self.config)}"
-        if not exists(path) and host_index() == 0:
+        renew = not exists(path) or self._resumes(path, text.partition("\n")[0])
+        barrier(f"{path} compared")
+        if renew and host_index() == 0:
             write_atomic(path, text)
         barrier(f"{path} written")
         if path.read_text() != text:
@@ -421,6 +334,14 @@ class Pipeline:
                 f"{self.run} holds a run with another config or seed: choose another --out, "
                 "or delete that folder"
             )
+
+    def _resumes(self, path: Path, seed: str) -> bool:
+        """Whether this run may go on with the one of that config."""
+        try:
+            before = load(RunConfig, path)
+        except InputError:  # of another version
+            return False
+        return path.read_text().startswith(f"{seed}\n") and same_run(before, self.config)
 
 
 def _label(text: str) -> str:
@@ -440,31 +361,6 @@ def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[
     """The tasks, in order, that some episode solved."""
     solved = {trajectory.task for trajectory in episodes if trajectory.success}
     return [task for task in tasks if task.name in solved]
-
-
-def _check(config: RunConfig, rl: bool) -> None:
-    """Refuse shapes that some episode would not fit, before it is rolled out."""
-    if config.server.kind != "inprocess":
-        check_serving(config.server.kind, config.server.sglang)
-    sandbox = config.sandbox
-    if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
-        raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")
-    bare = sandbox.shell_without_isolation
-    setting = Setting(config.environment, shell_without_isolation=bare)
-    setting.refuse_bare_shell(sandbox.backend)
-    agent = config.agent
-    targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)
-    stages: dict[str, SFTConfig | RLConfig] = {"sft": config.sft}
-    if rl:
-        stages["rl"] = config.rl
-    for name, rows in stages.items():
-        if rows.row_tokens < agent.max_tokens:
-            raise InputError(f"{name}.row_tokens must be at least agent.max_tokens")
-        if rows.row_targets and rows.row_targets < targets:  # 0: a slot for every token
-            raise InputError(
-                f"{name}.row_targets must be at least {targets}: an episode of {agent.max_turns} "
-                f"turns of {agent.max_new_tokens} tokens may hold so many"
-            )
 
 
 def _tasks(config: TaskConfig, split: str, limit: int) -> list[Task]:

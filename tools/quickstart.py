@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--seed must not be negative, got {args.seed}")
     run = args.out or Path("runs") / f"quickstart-seed{args.seed}"
 
-    from tools.pipeline import RunConfig
+    from tools.run_config import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
     summary = asyncio.run(_quickstart(config, run, args.seed))
@@ -60,7 +60,7 @@ async def _quickstart(config: Any, run: Path, seed: int) -> dict[str, Any]:
             evaluated["noop"] = await pipeline.evaluate("noop")
             evaluated["teacher"] = await pipeline.evaluate("teacher")
         with clock.phase("sft"):
-            tuned = pipeline.sft(taught)
+            tuned = await pipeline.sft(taught)
         with clock.phase("eval-sft"):
             evaluated["sft"] = await pipeline.evaluate("sft", tuned)
         with clock.phase("rl"):

@@ -32,7 +32,12 @@ def _parse(verb: str, argv: list[str], **extra: Any) -> argparse.Namespace:
 
 def teach(argv: list[str]) -> int:
     """Collect the teacher's trajectories."""
-    return _stage("teach", argv)
+    keep = {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "also write a TFDS dataset of what SFT learns from",
+    }
+    return _stage("teach", argv, dataset=keep)
 
 
 def sft(argv: list[str]) -> int:
@@ -54,7 +59,7 @@ def _stage(verb: str, argv: list[str], **extra: Any) -> int:
     args = _parse(verb, argv, **extra)
     hosts = spec(args)
 
-    from tools.pipeline import RunConfig
+    from tools.run_config import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
 
@@ -84,9 +89,8 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
             return _evaluated(config, await pipeline.evaluate(name, other))
         taught = await pipeline.teach()
         if verb == "teach":
-            kept = sum(t.success for t in taught)
-            return {"episodes": len(taught), "kept": kept, "success": kept / len(taught)}
-        params = pipeline.sft(taught)
+            return _taught(pipeline, taught, args.dataset)
+        params = await pipeline.sft(taught)
         if stage == "rl":
             params = await pipeline.rl(params, taught)
         if verb == "eval":
@@ -102,3 +106,25 @@ def _evaluated(config: Any, done: Sequence[Trajectory]) -> dict[str, Any]:
     if config.judge_both:
         found["agreement"] = agreement(episode.verdicts for episode in done)
     return found
+
+
+def _taught(pipeline: Any, taught: Any, dataset: Path | None) -> dict[str, Any]:
+    """How teaching went: what SFT would learn from, what it would not and why, and the cost."""
+    from model.hosts import host_index
+    from sft.dataset import write_dataset
+    from tools.fine_tune import examples
+    from tools.progress import progress
+
+    solved, kept = sum(t.success for t in taught), examples(pipeline, taught)
+    outcome = {"episodes": len(taught), "kept": len(kept), "success": solved / max(len(taught), 1)}
+    outcome["dropped"] = dict(sorted(kept.dropped.items()))
+    if pipeline.config.teach.teacher == "endpoint":
+        spent = pipeline.endpoint.spending
+        prompt, completion = spent.tokens
+        outcome |= {"requests": spent.requests, "prompt_tokens": prompt}
+        outcome |= {"completion_tokens": completion, "usd": spent.usd}
+    if dataset is not None and host_index() == 0:
+        with progress("dataset") as report:
+            path = write_dataset(dataset, kept, lambda done, of: report(done, of, ""))
+        outcome["dataset"] = str(path)
+    return outcome

@@ -109,11 +109,16 @@ def test_the_best_are_kept_besides_the_newest(tmp_path, background):
     for step, score in enumerate([0.1, 0.9, 0.3, 0.8, 0.2, None, 0.0]):
         checkpoints.save(step, {"a": jnp.full(3, step)}, score=score)
     checkpoints.close()
-    again = Checkpoints(tmp_path)
+    again = Checkpoints(tmp_path, keep=2, best=2, background=background)
     assert again.steps() == [1, 3, 5, 6]
     assert again.best() == 1
     np.testing.assert_array_equal(again.restore(1, {"a": jnp.zeros(3, jnp.int32)})["a"], 1)
+    for step, score in ((7, 0.85), (8, None), (9, 0.1)):  # a process that goes on knows them
+        again.save(step, {"a": jnp.full(3, step)}, score=score)
     again.close()
+    last = Checkpoints(tmp_path)
+    assert last.steps() == [1, 7, 8, 9] and last.best() == 1
+    last.close()
 
 
 def test_a_background_save_holds_what_was_saved_though_training_goes_on(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import load
-from tools.pipeline import RunConfig
+from tools.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = re.findall(r"^\| ([^|]+) \| `(rl\.[^`]+)` \|$", (ROOT / "docs" / "rl.md").read_text(), re.M)

@@ -23,6 +23,7 @@ MADE_UP = {
         for area in ("sft", "rl", "pretrain")
         for name in ("loss", "grad_norm")
     },
+    "sft/skipped": "skipped",
     "stale/age_N": 'f"stale/age_{age}"',
 }
 DERIVED = {"rollout/tokens_per_s", "time/rollout_share"}  # by `remend watch`, from others

@@ -12,7 +12,7 @@ import pytest
 from rl.experience import AdvantageConfig, CriticConfig
 from sft.learner import OptimizerConfig
 from tests.rl.test_train import CONFIG, train
-from tests.runs import steps_of
+from tests.runs import Compilations, steps_of
 
 PPO = dict(
     advantage=AdvantageConfig(kind="gae", whiten=True, lam=1.0),  # the one reward comes last
@@ -27,10 +27,12 @@ LATER = pytest.mark.service  # they take their time
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=LATER), pytest.param(2, marks=LATER)])
 def test_ppo_learns_the_same_from_the_same_start(tmp_path: Path, seed: int) -> None:
-    train(tmp_path, seed, config=replace(CONFIG, critic=OWN, **PPO))
+    with Compilations() as compiled:
+        train(tmp_path, seed, config=replace(CONFIG, critic=OWN, **PPO), note=compiled.note)
     success = [step["rl/success"] for step in steps_of(tmp_path)]
     assert success[0] < 0.55
     assert np.mean(success[-2:]) > 0.85
+    assert compiled.after(2) == 0
 
 
 def test_ppo_with_a_shared_network_resumes_to_the_same_bits(tmp_path: Path) -> None:

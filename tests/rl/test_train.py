@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from rl.rollout import Episode
 from rl.train import train_rl
 from sft.learner import OptimizerConfig
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn, load
-from tests.runs import steps_of
+from tests.runs import Compilations, steps_of
 
 MODEL = Qwen3Config(
     vocab_size=64,
@@ -50,8 +50,15 @@ CONFIG = RLConfig(
 TASKS: list[Any] = [SimpleNamespace(name=f"say-{n}", first=n) for n in range(1, 6)]
 
 
-def train(run: Path, seed: int = 0, die_after: int = 0, config: RLConfig = CONFIG) -> Params:
-    """The bandit: an episode succeeds if every sampled token but the last is even."""
+def train(
+    run: Path,
+    seed: int = 0,
+    die_after: int = 0,
+    config: RLConfig = CONFIG,
+    note: Callable[[], None] = lambda: None,
+) -> Params:
+    """The bandit: an episode succeeds if every sampled token but the last is even. `note` is called
+    after each step."""
     engine = Engine(init(MODEL, 0), MODEL, slots=8, max_len=32, prefill_chunk=4, prefill_rows=4)
     server = InProcessServer(engine, "rl", (STOP,), TEMPERATURE)
 
@@ -76,6 +83,7 @@ def train(run: Path, seed: int = 0, die_after: int = 0, config: RLConfig = CONFI
         return list(await asyncio.gather(*map(one, episodes)))
 
     def on_step(done: int, of: int, values: dict[str, float]) -> None:
+        note()
         if done == die_after:
             raise KeyboardInterrupt
 
@@ -97,10 +105,12 @@ def train(run: Path, seed: int = 0, die_after: int = 0, config: RLConfig = CONFI
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_what_is_rewarded(tmp_path: Path, seed: int) -> None:
-    train(tmp_path, seed)
+    with Compilations() as compiled:
+        train(tmp_path, seed, note=compiled.note)
     success = [step["rl/success"] for step in steps_of(tmp_path)]
     assert success[0] < 0.55
     assert np.mean(success[-2:]) > 0.85
+    assert compiled.after(2) == 0
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:

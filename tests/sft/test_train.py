@@ -21,7 +21,7 @@ from sft.packing import Example, microbatches, pack
 from sft.teacher import RUN, SUBMIT, VIEW
 from sft.train import SFTConfig, train_sft
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn
-from tests.runs import steps_of
+from tests.runs import Compilations, steps_of
 
 MODEL = Qwen3Config(
     vocab_size=64,
@@ -104,11 +104,16 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, stop_after: int) 
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
 
 
-def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+def test_the_seed_decides_the_order_and_all_is_compiled_by_the_second_update(
+    tmp_path: Path,
+) -> None:
     start = init(MODEL, 0)
     losses = []
     for seed in (1, 2):
-        train_sft(CONFIG, MODEL, start, data(), tmp_path / str(seed), seed=seed)
+        with Compilations() as compiled:
+            run = tmp_path / str(seed)
+            train_sft(CONFIG, MODEL, start, data(), run, seed=seed, on_step=compiled.note)
+        assert compiled.after(2) == 0
         losses.append([line["sft/loss"] for line in steps_of(tmp_path / str(seed))])
     assert losses[0] != losses[1]
 

@@ -4,6 +4,7 @@ while a run with a mesh reads its policy, trains it, and writes and reads the re
     on_start.py FOLDER
 """
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -104,7 +105,7 @@ def main() -> None:
     ]
     for trajectory in taught:
         trajectory.add(ids, POLICY)
-    tuned = run.sft(taught)
+    tuned = asyncio.run(run.sft(taught))
     print("training", max(training))
     print("result", on_devices())
     got = jax.tree.map(np.asarray, whole(tuned))

@@ -12,7 +12,7 @@ import pytest
 
 from configs.schema import load
 from tools import cli
-from tools.pipeline import RunConfig
+from tools.run_config import RunConfig
 from tools.simulate import SimulateConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ from configs.errors import InputError
 from configs.schema import load
 from sandbox.importers.harbor import write_harbor
 from tests.tools.hosts import ROOT
-from tools.pipeline import RunConfig, _check, _tasks, solved_tasks
+from tools.pipeline import _tasks, solved_tasks
+from tools.run_config import RunConfig, check
 
 
 def _task(name: str) -> Any:
@@ -37,9 +38,9 @@ def test_solved_tasks_keep_their_order_and_one_success_is_enough() -> None:
 def test_the_shipped_configs_are_taken_and_rows_that_are_too_short_are_not(name: str) -> None:
     """row_targets 0 is a slot for every token of a row."""
     path = ROOT / "configs" / f"{name}.yaml"
-    _check(load(RunConfig, path), rl=name != "sft-32b")
+    check(load(RunConfig, path), rl=name != "sft-32b")
     with pytest.raises(InputError, match="sft.row_targets must be at least"):
-        _check(load(RunConfig, path, ["sft.row_targets=8"]), rl=False)
+        check(load(RunConfig, path, ["sft.row_targets=8"]), rl=False)
 
 
 def test_tasks_that_need_images_are_refused_before_a_run(tmp_path: Path) -> None:
@@ -61,9 +62,9 @@ def test_a_shell_in_a_plain_sandbox_is_refused_before_work_starts() -> None:
     path = ROOT / "configs" / "quickstart.yaml"
     bare = ["environment=full", "sandbox.backend=plain"]
     with pytest.raises(InputError, match="shell_without_isolation"):
-        _check(load(RunConfig, path, bare), rl=False)
-    _check(load(RunConfig, path, [*bare, "sandbox.shell_without_isolation=true"]), rl=False)
-    _check(load(RunConfig, path, ["environment=full"]), rl=False)
+        check(load(RunConfig, path, bare), rl=False)
+    check(load(RunConfig, path, [*bare, "sandbox.shell_without_isolation=true"]), rl=False)
+    check(load(RunConfig, path, ["environment=full"]), rl=False)
     assert load(RunConfig, path).environment == "simplified"
     with pytest.raises(InputError, match="environment: expected 'simplified' or 'full'"):
         load(RunConfig, path, ["environment=whole"])

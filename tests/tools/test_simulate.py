@@ -13,7 +13,7 @@ from configs.schema import load
 from rl.serving import check_serving
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, save
 from tools.cli import main
-from tools.pipeline import RunConfig
+from tools.run_config import RunConfig
 from tools.simulate import Episodes, SimulateConfig, Spread, measure, simulate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--rounds, --staleness and --warmup must be at least 1")
 
     from configs.schema import load
-    from tools.pipeline import RunConfig
+    from tools.run_config import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
     if config.rl.steps < args.warmup + 2:

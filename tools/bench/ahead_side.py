@@ -51,8 +51,9 @@ async def run(order: dict[str, Any]) -> dict[str, Any]:
     """Train from the shipped policy, without SFT, then evaluate without waits."""
     from model.hf import load_hf
     from rl.evaluate import per_task
-    from tools.pipeline import Pipeline, RunConfig
+    from tools.pipeline import Pipeline
     from tools.reinforce import reinforce
+    from tools.run_config import RunConfig
 
     config = load(RunConfig, Path(order["config"]), order["overrides"])
     async with Pipeline(config, Path(order["run"]), order["seed"]) as pipeline:

@@ -12,13 +12,14 @@ BENCHES = {
         "tools.bench.ahead",
         "rollouts ahead of the learner, and in turn with it: episodes an hour",
     ),
+    "pipeline": ("tools.bench.pipeline", "SFT's input beside the training that it feeds"),
     "plan": ("tools.bench.plan", "a train step compiled for a TPU slice: memory, bytes sent"),
 }
 
 
 def main(argv: list[str]) -> int:
-    """Run `remend bench {model,ahead,plan}`."""
-    lines = "\n".join(f"  {what:<5}  {text}" for what, (_, text) in BENCHES.items())
+    """Run `remend bench {model,ahead,pipeline,plan}`."""
+    lines = "\n".join(f"  {what:<8}  {text}" for what, (_, text) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="remend bench",
         usage="remend bench WHAT [options]",

@@ -15,8 +15,8 @@ from model.sharding import MeshConfig, check_mesh
 from rl.learning import RLConfig
 from rl.loss import LossConfig
 from sft.learner import OptimizerConfig
-from tools.pipeline import POLICIES, RunConfig
 from tools.plan.chips import Slice, parse
+from tools.run_config import POLICIES, RunConfig
 
 MESHES = Path(__file__).resolve().parents[2] / "configs" / "mesh"
 STAGES = ("sft", "rl")
