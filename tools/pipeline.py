@@ -32,6 +32,7 @@ from model.share import whole
 from rl.agent import AgentConfig, NoopPolicy, Policy, TeacherPolicy
 from rl.inprocess import InProcessServer
 from rl.learning import RLConfig
+from rl.reward import RewardConfig
 from rl.rollout import Episode, run_episodes, run_to_file
 from rl.serving import SGLangConfig, check_serving
 from rl.train import episode_seed
@@ -153,6 +154,7 @@ class RunConfig:
     teach: TeachConfig = field(default_factory=TeachConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -1,0 +1,229 @@
+"""The jobs of a study, each in a folder of its own with a mark that is written last.
+
+    train/ENV[-thinking]-seedN/   a run folder: teach, then SFT, then RL  {teach,sft,rl}.json
+    cells/NAME/                   a run folder with one evaluation         cell.json
+    exploit/…                     the exploitation experiment (tools/study_exploit.py)
+
+A job whose mark is there is done; one that is not goes on by what its stages keep themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.files import write_atomic
+from configs.schema import dump, load
+from model.hf import load_hf
+from rl.episodes import read_episodes
+from rl.report_sections import duration
+from rl.study_grid import Cell, grid, row_of
+from tools.pipeline import Pipeline, RunConfig
+from tools.study import StudyConfig
+from tools.study_exploit import Exploit
+
+Work = Callable[[], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """kind: for the time it takes. mark: the file that says it is done. work: its result."""
+
+    kind: str
+    name: str
+    mark: Path
+    work: Work
+
+    @property
+    def done(self) -> bool:
+        return self.mark.exists()
+
+
+class Study:
+    """A study's folder and its jobs. Everything that the config says is checked here, before
+    anything is written."""
+
+    def __init__(self, config: StudyConfig, folder: Path, out: Path) -> None:
+        self.config, self.out = config, out
+        self._base = folder / config.base
+        for env in config.environments:
+            for thinking in self._modes:
+                self.run_config(env, thinking)
+        self.exploit = Exploit(self) if config.exploit.seeds else None
+        self.cells = grid(config.environments, bool(config.thinking), config.seeds)
+        self.jobs = self._jobs()
+
+    @property
+    def _modes(self) -> tuple[bool, ...]:
+        return (False, True) if self.config.thinking else (False,)
+
+    def run_config(self, environment: str, thinking: bool, *more: str) -> RunConfig:
+        """The run config of a stage in one environment and mode."""
+        overrides = [*self.config.set, f"environment={environment}"]
+        overrides += self.config.full if environment == "full" else ()
+        overrides += self.config.thinking if thinking else ()
+        return load(RunConfig, self._base, [*overrides, *more])
+
+    def trained(self, environment: str, thinking: bool, seed: int) -> Path:
+        """The run folder of a training; `thinking`: of the cell that wants it."""
+        mode = "-thinking" if thinking and self.config.train_thinking else ""
+        return self.out / "train" / f"{environment}{mode}-seed{seed}"
+
+    def plan(self) -> dict[str, Any]:
+        jobs = [{"kind": j.kind, "name": j.name, "done": j.done} for j in self.jobs]
+        return {"jobs": jobs, "done": sum(j.done for j in self.jobs), "left_s": self.left_s()}
+
+    def left_s(self) -> float | None:
+        """Seconds that the jobs which are not done will take: as those of their kind took that are,
+        else as the config expects; None where some kind has neither."""
+        took: dict[str, list[float]] = {}
+        for job in self.jobs:
+            if job.done:
+                took.setdefault(job.kind, []).append(_seconds(job.mark))
+        left = 0.0
+        for job in self.jobs:
+            if not job.done:
+                known = took.get(job.kind)
+                each = sum(known) / len(known) if known else self.config.expected_s.get(job.kind)
+                if each is None:
+                    return None
+                left += each
+        return left
+
+    async def run(self) -> dict[str, Any]:
+        """Every job that is not done, in order; then study.json and the report."""
+        from rl.report_study import write_study
+        from rl.study_tables import study_record
+
+        self._check_budget()
+        self._keep_config()
+        _compile_once(self.out / ".compiled")
+        for number, job in enumerate(self.jobs, 1):
+            if job.done:
+                continue
+            left = self.left_s()
+            said = "unknown" if left is None else duration(left)
+            where = f"study {number}/{len(self.jobs)}"
+            print(f"{where}: {job.name}; time left {said}", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            result = await job.work()
+            result = {"seconds": round(time.monotonic() - began, 1), **result}
+            write_atomic(job.mark, json.dumps(result) + "\n")
+        walls: dict[str, float] = {}
+        for job in self.jobs:
+            walls[job.kind] = round(walls.get(job.kind, 0.0) + _seconds(job.mark), 1)
+        found = study_record(self.out, self.cells, self.config.environments)
+        found |= {"wall_s": round(sum(walls.values()), 1), "walls": walls}
+        found["config"] = json.loads((self.out / "study-config.json").read_text())
+        write_atomic(self.out / "study.json", json.dumps(found, indent=1) + "\n")
+        write_study(self.out)
+        return found
+
+    def _jobs(self) -> list[Job]:
+        """What is needed comes first, and one seed is whole before the next."""
+        jobs: list[Job] = []
+        for seed in self.config.seeds:
+            for mode in (False, True) if self.config.train_thinking else (False,):
+                for env in self.config.environments:
+                    folder = self.trained(env, mode, seed)
+                    for stage in ("teach", "sft", "rl"):
+                        work = _bound(self._train, stage, env, mode, seed)
+                        name = f"{stage} {folder.name}"
+                        jobs.append(Job(stage, name, folder / f"{stage}.json", work))
+            for cell in self.cells:
+                if cell.seed == seed:
+                    mark = self.out / "cells" / cell.name / "cell.json"
+                    jobs.append(Job("cell", cell.name, mark, _bound(self._test, cell)))
+            if self.exploit is not None and seed in self.config.exploit.seeds:
+                jobs += [Job(*job) for job in self.exploit.jobs(seed)]
+        return jobs
+
+    async def _train(self, stage: str, environment: str, thinking: bool, seed: int) -> dict:
+        config = self.run_config(environment, thinking)
+        folder = self.trained(environment, thinking, seed)
+        rl = stage == "rl"
+        serves = rl and config.server.kind == "inprocess"
+        async with Pipeline(config, folder, seed, rl=rl, serves=serves) as pipeline:
+            taught = await pipeline.teach()
+            if stage == "teach":
+                kept = sum(t.success for t in taught)
+                return {"episodes": len(taught), "kept": kept}
+            params = pipeline.sft(taught)
+            if rl:
+                await pipeline.rl(params, taught)
+        return {"snapshot": str(folder / "snapshots" / stage)}
+
+    async def _test(self, cell: Cell) -> dict[str, Any]:
+        config = self.run_config(cell.tested, cell.thinking)
+        folder = self.out / "cells" / cell.name
+        began = time.monotonic()
+        serves = cell.policy != "teacher"
+        async with Pipeline(config, folder, cell.seed, rl=False, serves=serves) as pipeline:
+            params = None
+            if cell.policy == "base":
+                params = pipeline.start.params
+            elif cell.policy != "teacher":
+                run = self.trained(cell.trained, cell.thinking, cell.seed)
+                params = load_hf(run / "snapshots" / cell.policy).params
+            await pipeline.evaluate(cell.policy, params)
+        return row_of(cell, read_episodes(folder), time.monotonic() - began)
+
+    def _check_budget(self) -> None:
+        hours, left = self.config.budget_hours, self.left_s()
+        if hours and left is not None and left > 3600 * hours:
+            raise InputError(
+                f"by expected_s and what was measured this takes {left / 3600:.1f} h more, and "
+                f"budget_hours is {hours:g}: take fewer seeds, tasks or steps, or raise it"
+            )
+
+    def _keep_config(self) -> None:
+        """Write what the study is of, or check that a resumed one is of the same."""
+        path = self.out / "study.yaml"
+        own = dump(self.config)
+        text = f"{own}# base\n{dump(load(RunConfig, self._base, list(self.config.set)))}"
+        # what changes no number may change
+        if path.exists() and _numbers(path.read_text()) != _numbers(text):
+            raise InputError(
+                f"{self.out} holds a study with another config: choose another --out, "
+                "or delete that folder"
+            )
+        write_atomic(path, text)
+        from configs.schema import to_dict
+
+        write_atomic(self.out / "study-config.json", json.dumps(to_dict(self.config)) + "\n")
+
+
+def _numbers(text: str) -> str:
+    """A kept config without the settings that say how long it may take."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        inside = line.startswith("expected_s:") or (inside and line.startswith(" "))
+        if not inside and not line.startswith("budget_hours:"):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _bound(function: Callable[..., Awaitable[dict[str, Any]]], *arguments: Any) -> Work:
+    return lambda: function(*arguments)
+
+
+def _seconds(mark: Path) -> float:
+    try:
+        return float(json.loads(mark.read_bytes())["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{mark}: damaged: delete it, and its job is done again") from error
+
+
+def _compile_once(folder: Path) -> None:
+    """Have jobs of the same shapes share what JAX compiles, also after a restart."""
+    import jax
+
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
