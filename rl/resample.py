@@ -9,6 +9,8 @@ import numpy as np
 
 RESAMPLES = 4_000
 
+Counts = Sequence[float] | np.ndarray
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The chance that at least one of k tries succeeds, from n tries of which c did: unbiased.
@@ -59,15 +61,15 @@ def over_tasks(
     return _interval(whole, draws, level) | {"n": tasks}
 
 
-def rate(hits: Sequence[float], of: Sequence[float], level: float = 0.95) -> dict[str, float]:
+def rate(hits: Counts, of: Counts, level: float = 0.95) -> dict[str, float]:
     """The rate sum(hits) / sum(of) over tasks, each with its own counts, with its interval."""
     h, n = np.asarray(hits, float), np.asarray(of, float)
     return over_tasks(lambda w: _share(w, h, n), len(h), level)
 
 
 def rate_difference(
-    first: tuple[Sequence[float], Sequence[float]],
-    second: tuple[Sequence[float], Sequence[float]],
+    first: tuple[Counts, Counts],
+    second: tuple[Counts, Counts],
     level: float = 0.95,
 ) -> dict[str, float]:
     """Rate of `second` less that of `first`, each (hits, of) over the same tasks, paired."""

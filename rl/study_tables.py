@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,10 +215,19 @@ class Comparison:
             pairs = self._pairs(environment)
             if stages:
                 found[environment] = {"stages": stages}
+            kl = _kl(self._out, environment)
+            if kl:
+                found.setdefault(environment, {})["kl"] = kl
             if pairs:
                 found[environment]["tools"] = changes(pairs, tool_counts)
                 found[environment]["edits"] = changes(pairs, edit_counts)
         return found
+
+
+def _kl(out: Path, environment: str) -> dict[str, Any]:
+    """seed -> KL by type of token (`rl.shift.kl_by_type`)."""
+    paths = sorted((out / "shift").glob(f"{environment}-seed*.json"))
+    return {path.stem.rpartition("seed")[2]: json.loads(path.read_bytes())["kl"] for path in paths}
 
 
 def _stage(episodes: Sequence[Episode]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class ExploitConfig:
 
     Attributes:
       seeds: one pair of runs each; none: no experiment.
-      tasks: most functions to make tasks of (`sandbox/tempting.py`); 0: all of the training split.
+      tasks: about how many to make (`sandbox/tempting.py`); 0: all that the index has functions
+        for.
       shown: demonstrations of the exploit in what the start is tuned on. A small policy does not
         come upon deleting a check by itself; one that never does has nothing that could grow. 0
         leaves it to chance.

@@ -13,17 +13,21 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
 from configs.files import write_atomic
-from configs.schema import dump, load
+from configs.schema import dump, to_dict
+from configs.schema import load as load_config
+from model.folder import load_policy
 from model.hf import load_hf
 from rl.episodes import read_episodes
 from rl.report_sections import duration
+from rl.shift import kl_by_type, scored
 from rl.study_grid import Cell, grid, row_of
+from sft.trajectory import load
 from tools.pipeline import Pipeline, RunConfig
 from tools.study import StudyConfig
 from tools.study_exploit import Exploit
@@ -68,7 +72,7 @@ class Study:
         overrides = [*self.config.set, f"environment={environment}"]
         overrides += self.config.full if environment == "full" else ()
         overrides += self.config.thinking if thinking else ()
-        return load(RunConfig, self._base, [*overrides, *more])
+        return load_config(RunConfig, self._base, [*overrides, *more])
 
     def trained(self, environment: str, thinking: bool, seed: int) -> Path:
         """The run folder of a training; `thinking`: of the cell that wants it."""
@@ -140,6 +144,11 @@ class Study:
                 if cell.seed == seed:
                     mark = self.out / "cells" / cell.name / "cell.json"
                     jobs.append(Job("cell", cell.name, mark, _bound(self._test, cell)))
+            for env in self.config.environments:
+                mark = self.out / "shift" / f"{env}-seed{seed}.json"
+                jobs.append(
+                    Job("shift", f"shift {mark.stem}", mark, _bound(self._shift, env, seed))
+                )
             if self.exploit is not None and seed in self.config.exploit.seeds:
                 jobs += [Job(*job) for job in self.exploit.jobs(seed)]
         return jobs
@@ -174,6 +183,24 @@ class Study:
             await pipeline.evaluate(cell.policy, params)
         return row_of(cell, read_episodes(folder), time.monotonic() - began)
 
+    async def _shift(self, environment: str, seed: int) -> dict[str, Any]:
+        """KL of SFT+RL to SFT by type of token, on what SFT+RL did where it was trained."""
+        config = self.run_config(environment, False)
+        cell = self.out / "cells" / Cell("rl", environment, environment, False, seed).name
+        before = load_policy(
+            self.trained(environment, False, seed) / "snapshots" / "sft", **asdict(config.network)
+        )
+        done = load(cell / "trajectories" / "eval-rl.jsonl")
+        reference = scored(
+            done,
+            before.params,
+            before.config,
+            temperature=config.agent.temperature,
+            row_tokens=config.rl.row_tokens,
+            rows=config.rl.microbatch_rows,
+        )
+        return {"kl": kl_by_type(done, reference, before.tokenizer)}
+
     def _check_budget(self) -> None:
         hours, left = self.config.budget_hours, self.left_s()
         if hours and left is not None and left > 3600 * hours:
@@ -186,7 +213,7 @@ class Study:
         """Write what the study is of, or check that a resumed one is of the same."""
         path = self.out / "study.yaml"
         own = dump(self.config)
-        text = f"{own}# base\n{dump(load(RunConfig, self._base, list(self.config.set)))}"
+        text = f"{own}# base\n{dump(load_config(RunConfig, self._base, list(self.config.set)))}"
         # what changes no number may change
         if path.exists() and _numbers(path.read_text()) != _numbers(text):
             raise InputError(
@@ -194,8 +221,6 @@ class Study:
                 "or delete that folder"
             )
         write_atomic(path, text)
-        from configs.schema import to_dict
-
         write_atomic(self.out / "study-config.json", json.dumps(to_dict(self.config)) + "\n")
 
 
