@@ -15,6 +15,8 @@ from rl.figures import Dot, Dots, Figure, Lines
 from rl.report import MAX_EPISODES, page, section
 from rl.report_charts import Line
 from rl.report_sections import Series, curves, series
+from rl.study_grid import grid
+from rl.study_tables import study_record
 
 EXPLOITS = 400  # episodes of each run of the exploitation experiment that can be browsed
 
@@ -52,18 +54,32 @@ def write_study(folder: Path) -> Path:
 
 
 def read_study(folder: Path) -> dict[str, Any]:
-    """`study.json` of a folder. Raises InputError if it is not there or is damaged."""
+    """`study.json` of a folder; of a study under way, what it would say of the cells that are done.
+
+    Raises InputError if a file of it is damaged.
+    """
     path = folder / "study.json"
     try:
         study = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{path} is not there yet: `remend study` writes it at its end") from None
+        return _so_far(folder)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     keys = {"claims", "groups", "cells", "analyses", "exploitation", "environments"}
     if not isinstance(study, dict) or not keys <= study.keys():
         raise InputError(f"{path}: not a study's record")
     return study
+
+
+def _so_far(folder: Path) -> dict[str, Any]:
+    path = folder / "study-config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        environments = [str(name) for name in config["environments"]]
+        cells = grid(environments, bool(config["thinking"]), config["seeds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a study's: {error}") from None
+    return study_record(folder, cells, environments)
 
 
 def figures_of_study(folder: Path) -> list[Figure]:

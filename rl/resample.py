@@ -85,5 +85,6 @@ def _share(weights: np.ndarray, hits: np.ndarray, of: np.ndarray) -> np.ndarray:
 def _interval(mean: float, draws: np.ndarray, level: float) -> dict[str, float]:
     tail = 50 * (1 - level)
     low, high = np.percentile(draws, [tail, 100 - tail])
-    # a percentile of sums in another order may miss the mean of equal values by a rounding
-    return {"mean": mean, "low": min(float(low), mean), "high": max(float(high), mean)}
+    # sums in another order differ by a rounding, which must not put an edge across a line
+    found = {"mean": mean, "low": float(low), "high": float(high)}
+    return {key: round(value, 12) + 0.0 for key, value in found.items()}
