@@ -55,9 +55,11 @@ from tools.suites import judged_in_full
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task."""
+    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task. `packages`:
+    only tasks of these; none named: of all."""
 
     index: str = "shipped"
+    packages: tuple[str, ...] = ()
     train: int = 0
     heldout: int = 0
 
@@ -460,7 +462,7 @@ def _check(config: RunConfig, rl: bool) -> None:
 
 
 def _tasks(config: TaskConfig, split: str, limit: int) -> list[Task]:
-    tasks = load_tasks(config.index, split=split, limit=limit or None)
+    tasks = load_tasks(config.index, split=split, limit=limit or None, packages=config.packages)
     if not tasks:
         raise InputError(f"no {split} tasks in {config.index}")
     return tasks
