@@ -29,6 +29,7 @@ from rl.shift import kl_by_type, scored
 from rl.study_grid import Cell, grid, row_of
 from sft.trajectory import load
 from tools.pipeline import Pipeline, RunConfig
+from tools.pipeline import _check as check_run
 from tools.study import StudyConfig
 from tools.study_exploit import Exploit
 
@@ -58,7 +59,7 @@ class Study:
         self._base = folder / config.base
         for env in config.environments:
             for thinking in self._modes:
-                self.run_config(env, thinking)
+                check_run(self.run_config(env, thinking), rl=True)
         self.exploit = Exploit(self) if config.exploit.seeds else None
         self.cells = grid(config.environments, bool(config.thinking), config.seeds)
         self.jobs = self._jobs()
