@@ -38,7 +38,8 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> str:
         show = _calls if row["key"] == "tools" else _points
         ours = '<span class="none">not measured</span>'
         if row["ours"] is not None:
-            ours = f"<b>{show(row['ours']['mean'])}</b><br>{_range(row['ours'], show)}"
+            unit = "calls" if row["key"] == "tools" else "points"
+            ours = f"<b>{show(row['ours']['mean'])}</b> {unit}<br>{_range(row['ours'], show)}"
         note = f"<small>{escape(row['note'])}</small>" if row["note"] else ""
         shown = list(row["parts"].items())[:6]
         each = "".join(
@@ -47,26 +48,26 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> str:
             if isinstance(part, Mapping) and "low" in part
         )
         html.append(
-            f'<tr><th scope="row">{escape(row["claim"])}</th>'
+            f'<tr><th scope="row">{escape(row["claim"])}<br>'
+            f'<span class="verdict {_KINDS[row["outcome"]]}">{escape(row["outcome"])}</span></th>'
             f"<td>{escape(row['paper'])}<small>{escape(row['source'])}</small></td>"
             f'<td class="number">{ours}</td>'
             f"<td>{escape(row['statistic'])}{note}{each}</td>"
-            f'<td><span class="verdict {_KINDS[row["outcome"]]}">{escape(row["outcome"])}</span>'
-            f"<small>{escape(row['rule'])}</small></td></tr>"
+            f"<td><small>{escape(row['rule'])}</small></td></tr>"
         )
     return (
         '<p class="hint">Zhu et al. 2025, arXiv 2510.22075v1. Ours: 95&nbsp;% bootstrap interval, '
         "paired by task, over tasks and seeds. A claim is decided only where the whole interval "
         'lies on one side of the line in its rule.</p><table class="claims"><thead><tr>'
         '<th>Claim</th><th>The paper</th><th class="number">Ours</th><th>Measured</th>'
-        f"<th>Outcome and rule</th></tr></thead><tbody>{''.join(html)}</tbody></table>"
+        f"<th>Rule</th></tr></thead><tbody>{''.join(html)}</tbody></table>"
     )
 
 
 def policy_name(group: Mapping[str, Any]) -> str:
-    """Policy and where it was trained."""
+    """Policy and the environment that it was trained in."""
     name = LABELS[group["policy"]]
-    return f"{name}, trained in {group['trained']}" if group["trained"] else name
+    return f"{name} from {group['trained']}" if group["trained"] else name
 
 
 def grid(groups: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> str:
@@ -314,8 +315,8 @@ def _range(row: Mapping[str, float], show: Callable[[float], str]) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _calls(value: float) -> str:
-    return f"{value:+.2f}"
+    return f"{value:+.2f}".replace("-", "−")
