@@ -308,7 +308,7 @@ class Pipeline:
             self._keep(folder, params, self.start.folder)
         else:
             self._take_start()  # nobody wants them any more
-        return self._load(folder)
+        return self.load(folder)
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
         """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
@@ -320,7 +320,7 @@ class Pipeline:
             with progress(_label("RL")) as report:
                 params = await reinforce(self, start, tasks, report)
             self._keep(folder, params, self.run / "snapshots" / "sft")
-        return self._load(folder)
+        return self.load(folder)
 
     async def evaluate(self, name: str, params: Params | None = None) -> Sequence[Trajectory]:
         """Episodes of a policy on the held-out tasks: "noop", "teacher", or a name for `params`."""
@@ -395,7 +395,8 @@ class Pipeline:
         whole = merged(params, self.config.lora)
         save_hf(folder, whole, self.start.config, self.start.tokenizer)
 
-    def _load(self, folder: Path) -> Params:
+    def load(self, folder: Path) -> Params:
+        """The weights of a snapshot, in their places on the mesh where there is one."""
         return load_hf(folder, shardings=self._shardings).params
 
     def _take_start(self) -> Params:

@@ -22,7 +22,6 @@ from configs.files import write_atomic
 from configs.schema import dump, to_dict
 from configs.schema import load as load_config
 from model.folder import load_policy
-from model.hf import load_hf
 from rl.episodes import read_episodes
 from rl.report_sections import duration
 from rl.shift import kl_by_type, scored
@@ -180,7 +179,7 @@ class Study:
                 params = pipeline.start.params
             elif cell.policy != "teacher":
                 run = self.trained(cell.trained, cell.thinking, cell.seed)
-                params = load_hf(run / "snapshots" / cell.policy).params
+                params = pipeline.load(run / "snapshots" / cell.policy)
             await pipeline.evaluate(cell.policy, params)
         return row_of(cell, read_episodes(folder), time.monotonic() - began)
 
