@@ -53,7 +53,7 @@ class StudyConfig:
         in both, as the switch of Qwen3 is meant.
       full: overrides of the run config for the environment "full" alone.
       exploit: the exploitation experiment.
-      expected_s: seconds of a job by kind (teach, sft, rl, cell, tasks, start, long) on the machine
+      expected_s: seconds of a job by kind (teach, sft, rl, cell, shift, tasks, start, long) on the machine
         in mind: for the time left until some have been measured, and for the budget.
       budget_hours: refuse to start a study that would take longer by expected_s; 0: no limit.
     """
@@ -108,10 +108,11 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(plan: dict[str, Any]) -> str:
+    from tools.study_jobs import said
+
     lines = [f"{'done' if job['done'] else 'to do':<6} {job['name']}" for job in plan["jobs"]]
-    left = plan["left_s"]
-    known = "unknown: no expected_s" if left is None else f"{left / 3600:.1f} h"
-    return "\n".join([*lines, f"{plan['done']} of {len(plan['jobs'])} done; time left {known}"])
+    left = said(plan["left_s"], plan["untimed"])
+    return "\n".join([*lines, f"{plan['done']} of {len(plan['jobs'])} done; {left}"])
 
 
 def _said(found: dict[str, Any], out: Path) -> str:

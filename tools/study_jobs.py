@@ -80,25 +80,28 @@ class Study:
         return self.out / "train" / f"{environment}{mode}-seed{seed}"
 
     def plan(self) -> dict[str, Any]:
+        """The jobs; `left_s`: seconds that those to do will take; `untimed`: those among them of
+        whose kind that is not known."""
         jobs = [{"kind": j.kind, "name": j.name, "done": j.done} for j in self.jobs]
-        return {"jobs": jobs, "done": sum(j.done for j in self.jobs), "left_s": self.left_s()}
+        left, untimed = self.left()
+        done = sum(j.done for j in self.jobs)
+        return {"jobs": jobs, "done": done, "left_s": left, "untimed": untimed}
 
-    def left_s(self) -> float | None:
-        """Seconds that the jobs which are not done will take: as those of their kind took that are,
-        else as the config expects; None where some kind has neither."""
+    def left(self) -> tuple[float, int]:
+        """Seconds that the jobs which are not done will take, as those of their kind took that
+        are, else as the config expects; and how many are of a kind that has neither."""
         took: dict[str, list[float]] = {}
         for job in self.jobs:
             if job.done:
                 took.setdefault(job.kind, []).append(_seconds(job.mark))
-        left = 0.0
+        left, untimed = 0.0, 0
         for job in self.jobs:
             if not job.done:
                 known = took.get(job.kind)
                 each = sum(known) / len(known) if known else self.config.expected_s.get(job.kind)
-                if each is None:
-                    return None
-                left += each
-        return left
+                left += each or 0.0
+                untimed += each is None
+        return left, untimed
 
     async def run(self) -> dict[str, Any]:
         """Every job that is not done, in order; then study.json and the report."""
@@ -111,10 +114,8 @@ class Study:
         for number, job in enumerate(self.jobs, 1):
             if job.done:
                 continue
-            left = self.left_s()
-            said = "unknown" if left is None else duration(left)
             where = f"study {number}/{len(self.jobs)}"
-            print(f"{where}: {job.name}; time left {said}", file=sys.stderr, flush=True)
+            print(f"{where}: {job.name}; {said(*self.left())}", file=sys.stderr, flush=True)
             began = time.monotonic()
             result = await job.work()
             result = {"seconds": round(time.monotonic() - began, 1), **result}
@@ -202,8 +203,10 @@ class Study:
         return {"kl": kl_by_type(done, reference, before.tokenizer)}
 
     def _check_budget(self) -> None:
-        hours, left = self.config.budget_hours, self.left_s()
-        if hours and left is not None and left > 3600 * hours:
+        hours, (left, untimed) = self.config.budget_hours, self.left()
+        if hours and untimed:
+            raise InputError("budget_hours: expected_s must name every kind of job")
+        if hours and left > 3600 * hours:
             raise InputError(
                 f"by expected_s and what was measured this takes {left / 3600:.1f} h more, and "
                 f"budget_hours is {hours:g}: take fewer seeds, tasks or steps, or raise it"
@@ -222,6 +225,12 @@ class Study:
             )
         write_atomic(path, text)
         write_atomic(self.out / "study-config.json", json.dumps(to_dict(self.config)) + "\n")
+
+
+def said(left: float, untimed: int) -> str:
+    """The time left, for people."""
+    more = f"{' and ' if left else ''}{untimed} jobs not timed yet" if untimed else ""
+    return f"time left {duration(left) if left or not untimed else ''}{more}"
 
 
 def _numbers(text: str) -> str:

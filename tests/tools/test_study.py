@@ -41,8 +41,8 @@ def test_the_shipped_studies_are_taken(tmp_path: Path, name: str) -> None:
 
 def test_the_miniature_is_within_its_budget(tmp_path: Path) -> None:
     found = study(tmp_path / "out", config=CONFIGS / "miniature.yaml")
-    left = found.left_s()
-    assert left is not None and left <= 3600 * found.config.budget_hours <= 3 * 3600
+    left, untimed = found.left()
+    assert untimed == 0 and left <= 3600 * found.config.budget_hours <= 3 * 3600
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,15 @@ def test_the_miniature_is_within_its_budget(tmp_path: Path) -> None:
         ("exploit.set=[rl.row_tokens=8]", "rl.row_tokens"),
         ("thinking=[agent.thinking=true, agent.max_new_tokens=700]", "row_targets"),
         ("base=nowhere.yaml", "nowhere.yaml"),
-        ("budget_hours=0.001", "budget_hours"),
+        ("budget_hours=0.001", "budget_hours is 0.001"),
+        ("budget_hours=9", "expected_s"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, says: str
 ) -> None:
     overrides = [override]
-    if "budget" in override:
+    if "0.001" in override:
         kinds = ("teach", "sft", "rl", "cell", "shift", "tasks", "start", "long")
         overrides.append("expected_s={" + ", ".join(f"{k}: 9" for k in kinds) + "}")
     out = tmp_path / "out"
@@ -82,7 +83,7 @@ def test_plan_lists_the_jobs_in_an_order_in_which_each_finds_what_it_needs(
     assert place("teach full-seed0") < place("sft full-seed0") < place("rl full-seed0")
     assert place("rl full-seed0") < place("rl-from-full-in-simplified-seed0")
     assert place("exploit tasks") < place("exploit start-seed0") < place("exploit off-seed0")
-    assert plan["left_s"] is None and plan["done"] == 0
+    assert plan["left_s"] == 0 and plan["untimed"] == len(names) and plan["done"] == 0
 
 
 def fake(found: Study, die_at: int = -1) -> list[str]:
@@ -114,7 +115,7 @@ def test_a_job_that_is_done_is_not_done_again_and_times_come_from_those_that_are
     again = study(out, "expected_s={shift: 1, tasks: 1, start: 1, long: 1}")
     assert [job.done for job in again.jobs] == [n < 9 for n in range(len(again.jobs))]
     cells = sum(job.kind == "cell" and not job.done for job in again.jobs)
-    assert again.left_s() == 7.0 * cells + 6  # of two shifts, tasks, start and two long runs
+    assert again.left() == (7.0 * cells + 6, 0)  # of two shifts, tasks, start and two long runs
     more = fake(again)
     with pytest.raises((KeyError, TypeError)):  # the cells hold no rows
         asyncio.run(again.run())
@@ -135,7 +136,7 @@ def test_a_damaged_mark_is_named(tmp_path: Path) -> None:
     mark.parent.mkdir(parents=True)
     mark.write_text("{")
     with pytest.raises(InputError, match="teach.json"):
-        found.left_s()
+        found.left()
 
 
 def run(out: Path) -> subprocess.Popen:
