@@ -17,6 +17,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.schema import load
 from sandbox.environments import ENVIRONMENTS, Environment
+from tools.hosts import add_flags, spec, together
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class StudyConfig:
         in both, as the switch of Qwen3 is meant.
       full: overrides of the run config for the environment "full" alone.
       exploit: the exploitation experiment.
-      expected_s: seconds of a job by kind (teach, sft, rl, cell, shift, tasks, start, long) on the machine
-        in mind: for the time left until some have been measured, and for the budget.
+      expected_s: seconds of a job by kind (teach, sft, rl, cell, shift, tasks, start, long) on
+        the machine in mind: for the time left until some have been measured, and for the budget.
       budget_hours: refuse to start a study that would take longer by expected_s; 0: no limit.
     """
 
@@ -93,18 +94,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the same resumes")
     parser.add_argument("--plan", action="store_true", help="list the jobs and end")
     parser.add_argument("--json", action="store_true", help="print study.json on stdout")
+    add_flags(parser)
     args = parser.parse_intermixed_args(argv)
+    hosts = spec(args)
     config = load(StudyConfig, args.config, args.overrides)
 
     from tools.study_jobs import Study
 
-    study = Study(config, args.config.parent, args.out)
-    if args.plan:
-        print(json.dumps(study.plan()) if args.json else _plan(study.plan()))
+    def work() -> int:
+        study = Study(config, args.config.parent, args.out)
+        if args.plan:
+            print(json.dumps(study.plan()) if args.json else _plan(study.plan()))
+            return 0
+        found = asyncio.run(study.run())
+        print(json.dumps(found) if args.json else _said(found, args.out))
         return 0
-    found = asyncio.run(study.run())
-    print(json.dumps(found) if args.json else _said(found, args.out))
-    return 0
+
+    return work() if hosts is None else together(hosts, work)
 
 
 def _plan(plan: dict[str, Any]) -> str:

@@ -22,10 +22,14 @@ from configs.files import write_atomic
 from configs.schema import dump, to_dict
 from configs.schema import load as load_config
 from model.folder import load_policy
+from model.hosts import barrier, exists, host_count, host_index
+from model.sharding import make_mesh, param_shardings
 from rl.episodes import read_episodes
 from rl.report_sections import duration
+from rl.report_study import read_study, write_study
 from rl.shift import kl_by_type, scored
 from rl.study_grid import Cell, grid, row_of
+from rl.study_tables import study_record
 from sft.trajectory import load
 from tools.pipeline import Pipeline, RunConfig
 from tools.pipeline import _check as check_run
@@ -105,30 +109,35 @@ class Study:
 
     async def run(self) -> dict[str, Any]:
         """Every job that is not done, in order; then study.json and the report."""
-        from rl.report_study import write_study
-        from rl.study_tables import study_record
-
         self._check_budget()
         self._keep_config()
         _compile_once(self.out / ".compiled")
         for number, job in enumerate(self.jobs, 1):
-            if job.done:
+            if exists(job.mark):
                 continue
-            where = f"study {number}/{len(self.jobs)}"
-            print(f"{where}: {job.name}; {said(*self.left())}", file=sys.stderr, flush=True)
+            if host_index() == 0:
+                where = f"study {number}/{len(self.jobs)}"
+                print(f"{where}: {job.name}; {said(*self.left())}", file=sys.stderr, flush=True)
             began = time.monotonic()
             result = await job.work()
-            result = {"seconds": round(time.monotonic() - began, 1), **result}
-            write_atomic(job.mark, json.dumps(result) + "\n")
+            if host_index() == 0:
+                result = {"seconds": round(time.monotonic() - began, 1), **result}
+                write_atomic(job.mark, json.dumps(result) + "\n")
+            barrier(f"{job.name} done")
+        if host_index() == 0:
+            self._write()
+        barrier("the study's record")
+        return read_study(self.out)
+
+    def _write(self) -> None:
+        """study.json and the report."""
         walls: dict[str, float] = {}
         for job in self.jobs:
             walls[job.kind] = round(walls.get(job.kind, 0.0) + _seconds(job.mark), 1)
         found = study_record(self.out, self.cells, self.config.environments)
         found |= {"wall_s": round(sum(walls.values()), 1), "walls": walls}
-        found["config"] = json.loads((self.out / "study-config.json").read_text())
         write_atomic(self.out / "study.json", json.dumps(found, indent=1) + "\n")
         write_study(self.out)
-        return found
 
     def _jobs(self) -> list[Job]:
         """What is needed comes first, and one seed is whole before the next."""
@@ -145,7 +154,7 @@ class Study:
                 if cell.seed == seed:
                     mark = self.out / "cells" / cell.name / "cell.json"
                     jobs.append(Job("cell", cell.name, mark, _bound(self._test, cell)))
-            for env in self.config.environments:
+            for env in self.config.environments if host_count() == 1 else ():
                 mark = self.out / "shift" / f"{env}-seed{seed}.json"
                 jobs.append(
                     Job("shift", f"shift {mark.stem}", mark, _bound(self._shift, env, seed))
@@ -188,8 +197,11 @@ class Study:
         """KL of SFT+RL to SFT by type of token, on what SFT+RL did where it was trained."""
         config = self.run_config(environment, False)
         cell = self.out / "cells" / Cell("rl", environment, environment, False, seed).name
+        mesh = make_mesh(config.mesh) if config.mesh.devices > 1 else None
         before = load_policy(
-            self.trained(environment, False, seed) / "snapshots" / "sft", **asdict(config.network)
+            self.trained(environment, False, seed) / "snapshots" / "sft",
+            shardings=None if mesh is None else lambda model: param_shardings(model, mesh),
+            **asdict(config.network),
         )
         done = load(cell / "trajectories" / "eval-rl.jsonl")
         reference = scored(
@@ -199,6 +211,7 @@ class Study:
             temperature=config.agent.temperature,
             row_tokens=config.rl.row_tokens,
             rows=config.rl.microbatch_rows,
+            mesh=mesh,
         )
         return {"kl": kl_by_type(done, reference, before.tokenizer)}
 
@@ -218,13 +231,15 @@ class Study:
         own = dump(self.config)
         text = f"{own}# base\n{dump(load_config(RunConfig, self._base, list(self.config.set)))}"
         # what changes no number may change
-        if path.exists() and _numbers(path.read_text()) != _numbers(text):
+        if exists(path) and _numbers(path.read_text()) != _numbers(text):
             raise InputError(
                 f"{self.out} holds a study with another config: choose another --out, "
                 "or delete that folder"
             )
-        write_atomic(path, text)
-        write_atomic(self.out / "study-config.json", json.dumps(to_dict(self.config)) + "\n")
+        barrier(f"{path} read")
+        if host_index() == 0:
+            write_atomic(path, text)
+            write_atomic(self.out / "study-config.json", json.dumps(to_dict(self.config)) + "\n")
 
 
 def said(left: float, untimed: int) -> str:
