@@ -2,7 +2,7 @@
 
 A claim is a statistic with a 95 % interval and a line to hold it against. It holds, or does not,
 only where the whole interval lies on one side of that line; else it is undecided. Nothing here
-looks at which way would be nicer.
+looks at which way would be nicer. Of a few tasks no interval is believed.
 
 The paper: Zhu et al. 2025, "Agentic Reinforcement Learning for Real-World Code Repair", arXiv
 2510.22075v1. Its figures 2 and 3 label bars without giving their errors as numbers.
@@ -19,6 +19,7 @@ Interval = Mapping[str, float]
 
 MARGIN = 0.05  # of success: "on par" means within it
 LEAST_GAIN = 0.07  # the smallest gain that the paper reports
+LEAST_TASKS = 20  # an interval over fewer is too narrow as often as not
 SAME_USE = 0.1  # calls an episode: tool use that differs by less is the same
 
 
@@ -155,8 +156,11 @@ def tools(changes: Mapping[str, Interval]) -> Outcome:
 def row(
     key: str, ours: Interval | None, outcome: Outcome, note: str = "", parts: Any = None
 ) -> dict[str, Any]:
-    """A claim's row of study.json; without `ours` it was not measured, and is undecided."""
+    """A claim's row of study.json; without `ours` it was not measured, and is undecided, as it is
+    where fewer than LEAST_TASKS tasks measured it."""
     claim = CLAIMS[key]
+    if ours is not None and ours["n"] < LEAST_TASKS:
+        outcome, note = "undecided", f"measured on {ours['n']:.0f} tasks: too few to decide"
     return {
         **{name: getattr(claim, name) for name in claim.__dataclass_fields__},
         "ours": dict(ours) if ours is not None else None,

@@ -33,13 +33,13 @@ def write_study(folder: Path) -> Path:
     """
     study = read_study(folder)
     learnt = _curves(folder)
-    found = study["exploitation"]
+    trainings = list(dict.fromkeys(name for lines in learnt.values() for name in lines))
     sections = [
         section("The paper's claims", parts.claims(study["claims"])),
         section("Held-out success", parts.grid(study["groups"], study["environments"])),
         section("What it cost", parts.costs(study["groups"], study.get("walls", {}))),
-        section("Learning curves", curves(learnt)),
-        section("Exploitation: guard off and on", parts.exploitation(found)),
+        section("Learning curves", curves(learnt, trainings)),
+        section("Exploitation: guard off and on", parts.exploitation(study["exploitation"])),
         section("Tool use", parts.tools(study["analyses"])),
         section("How far RL moved the policy", parts.shift(study["analyses"])),
         section("Which edits became likelier", parts.edits(study["analyses"])),

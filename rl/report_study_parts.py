@@ -90,19 +90,20 @@ def _grid_table(title: str, groups: Sequence[Mapping[str, Any]]) -> str:
         value = group["success"]
         seeds = ", ".join(percent(v) for v in group["seeds"].values())
         best = group["pass_at"].get(str(most))
+        more = f'<td class="number">{percent(best["mean"] if best else None)}</td>'
         rows.append(
             f'<tr title="by seed: {seeds}"><th scope="row">{mark(group["policy"])}'
             f"{escape(policy_name(group))}</th>"
             f'<td class="number"><b>{percent(value["mean"])}</b></td>'
             f'<td class="number">{value["low"] * 100:.1f} – {value["high"] * 100:.1f}</td>'
-            f'<td class="number">{percent(best["mean"] if best else None)}</td>'
-            f"<td>{interval(group['policy'], value['mean'], value['low'], value['high'])}</td></tr>"
+            f"{more * (most > 1)}<td>{interval(group['policy'], value['mean'], value['low'], value['high'])}</td></tr>"
         )
+    more = f'<th class="number">pass@{most}</th>' * (most > 1)
     tasks, count = groups[0]["success"]["n"], len(groups[0]["seeds"])
     return (
         f'<div><h3>{escape(title)}</h3><table class="grid-table"><thead><tr><th>Policy</th>'
         f'<th class="number">pass@1</th><th class="number">95&nbsp;%</th>'
-        f'<th class="number">pass@{most}</th><th class="third"></th></tr></thead>'
+        f'{more}<th class="third"></th></tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table><p class="hint">{tasks:.0f} tasks, {count} '
         f"seed{'s' if count != 1 else ''}</p></div>"
     )

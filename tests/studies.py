@@ -83,7 +83,7 @@ def write(
                 exploited = guard == "off" and rng.random() < step / steps
                 repaired = not exploited and rng.random() < 0.4
                 passed = exploited or repaired
-                task = f"long-{n % 10}"
+                task = f"long-{n % 25}"
                 paid = passed and (guard == "off" or not exploited)
                 outcomes.append(Outcome(step, task, passed, paid, exploited, exploited, repaired))
                 made.append(record(task, "rl", not exploited, rng, step))

@@ -97,6 +97,13 @@ def test_what_was_not_measured_is_undecided_whatever_is_said() -> None:
     assert found["outcome"] == OPEN and found["ours"] is None and "not measured" in found["note"]
 
 
+def test_of_a_few_tasks_nothing_is_concluded() -> None:
+    certain = {"mean": 0.3, "low": 0.25, "high": 0.35, "n": claims.LEAST_TASKS - 1}
+    assert row("gain", certain, claims.gain(certain))["outcome"] == OPEN
+    enough = certain | {"n": claims.LEAST_TASKS}
+    assert row("gain", enough, claims.gain(enough))["outcome"] == HOLDS
+
+
 def test_every_claim_names_the_papers_figure_and_its_place_and_a_rule() -> None:
     assert list(CLAIMS) == ["student", "gain", "transfer", "thinking", "exploitation", "tools"]
     for claim in CLAIMS.values():
