@@ -90,13 +90,14 @@ def _grid_table(title: str, groups: Sequence[Mapping[str, Any]]) -> str:
         value = group["success"]
         seeds = ", ".join(percent(v) for v in group["seeds"].values())
         best = group["pass_at"].get(str(most))
+        drawn = interval(group["policy"], value["mean"], value["low"], value["high"])
         more = f'<td class="number">{percent(best["mean"] if best else None)}</td>'
         rows.append(
             f'<tr title="by seed: {seeds}"><th scope="row">{mark(group["policy"])}'
             f"{escape(policy_name(group))}</th>"
             f'<td class="number"><b>{percent(value["mean"])}</b></td>'
             f'<td class="number">{value["low"] * 100:.1f} – {value["high"] * 100:.1f}</td>'
-            f"{more * (most > 1)}<td>{interval(group['policy'], value['mean'], value['low'], value['high'])}</td></tr>"
+            f"{more * (most > 1)}<td>{drawn}</td></tr>"
         )
     more = f'<th class="number">pass@{most}</th>' * (most > 1)
     tasks, count = groups[0]["success"]["n"], len(groups[0]["seeds"])

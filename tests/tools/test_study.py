@@ -19,6 +19,7 @@ from configs.errors import InputError
 from configs.schema import load
 from tests.tools.hosts import ROOT
 from tests.tools.test_bad_input import refused
+from tests.tools.test_hosts import Site, prepare
 from tools.cli import main
 from tools.study import StudyConfig
 from tools.study_jobs import Job, Study
@@ -177,3 +178,28 @@ def test_a_study_killed_in_the_middle_of_its_jobs_goes_on_to_its_report(tmp_path
     again = run(out)  # nothing is left to do
     assert json.loads(again.communicate()[0])["claims"] == found["claims"]
     shutil.rmtree(out)
+
+
+@pytest.mark.service
+@pytest.mark.timeout(900)
+def test_a_study_on_two_hosts_gives_what_it_gives_on_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path)
+    monkeypatch.setenv("REMEND_CACHE", site.environment["REMEND_CACHE"])
+    prepare(tmp_path)
+    (tmp_path / "run.yaml").rename(tmp_path / "base.yaml")
+    (tmp_path / "run.yaml").write_text(
+        "base: base.yaml\nset: [rl.steps=1, sft.epochs=2]\n"
+        "environments: [simplified]\nexploit: {seeds: []}\n"
+    )
+    rows = []
+    for hosts in (2, 1):
+        out = f"study-{hosts}"
+        for process in site.start("study", out, hosts=hosts):
+            _, said = process.communicate()
+            assert process.returncode == 0, said[-2000:]
+        found = json.loads((tmp_path / out / "study.json").read_text())
+        assert (tmp_path / out / "report.html").exists()
+        rows.append([(row["cell"], row["tasks"]) for row in found["cells"]])
+    assert len(rows[0]) == 4 and rows[0] == rows[1]
