@@ -40,7 +40,7 @@ def write_report(folder: Path) -> Path:
         section("Held-out success by kind of task", sections.breakdown(run.summary)),
     ]
     if table := sections.agreement(run.summary):
-        parts.insert(1, _section("Verdicts of both environments on the same diffs", table))
+        parts.insert(1, section("Verdicts of both environments on the same diffs", table))
     path = folder / "report.html"
     write_atomic(path, _of_runs(run.name, sections.headline(run.summary), parts, [run]))
     return path
