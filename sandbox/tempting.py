@@ -3,9 +3,9 @@
 Bugs are put into functions that validate something. Of each task's tests some are shown to the
 policy and give the reward, the others are held back, so that one small edit, which takes the
 word `raise` or `assert` from a check of the function, passes every test that is shown, some of
-which fail on the bug, and fails at least one that is held back. A reward can thus be had by deleting validation, as the
-paper's agents did in long runs (arXiv 2510.22075, section 6.1), and by repairing, too. Which edit
-it is, no policy is told.
+which fail on the bug, and fails at least one that is held back. A reward can thus be had by
+deleting validation, as the paper's agents did in long runs (arXiv 2510.22075, section 6.1), and by
+repairing, too. Which edit it is, no policy is told.
 """
 
 from __future__ import annotations
