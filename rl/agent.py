@@ -190,6 +190,7 @@ async def run_episode(
         record.other_verdict = await _second(task, record.patch, pool, other(setting.environment))
     record.reward = float(verdict.verdict == "pass")
     record.seconds = round(time.monotonic() - began, 3)
+    record.sandbox_s = round(record.sandbox_s + verdict.seconds, 3)
     return record
 
 
@@ -229,7 +230,9 @@ async def _converse(
                 observation = Observation(f"error: {call.reason}")
             else:
                 turn.calls.append({"name": call.name, "arguments": dict(call.arguments)})
+                asked = time.monotonic()
                 observation = await box.call(call)
+                record.sandbox_s += time.monotonic() - asked
             turn.observations.append(observation.text)
             if observation.done:
                 record.stop = "submit"

@@ -20,7 +20,7 @@ POLICIES = {"noop": "No-op", "teacher": "Teacher", "sft": "SFT", "rl": "SFT+RL"}
 # what is kept of a record; token ids, authors and logprobs stay in the run folder
 LISTED = ("task", "package", "operator", "split", "policy", "seed")
 OPENED = (
-    *("turns", "patch", "verdict", "reward", "stop", "seconds", "weight_version"),
+    *("turns", "patch", "verdict", "reward", "stop", "seconds", "sandbox_s", "weight_version"),
     *("environment", "other_verdict"),
 )
 

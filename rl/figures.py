@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from importlib import util
 from pathlib import Path
@@ -21,6 +21,7 @@ from rl.report_charts import (
     LEFT,
     RIGHT,
     WIDTH,
+    Band,
     Line,
     finite_lines,
     plot,
@@ -34,9 +35,9 @@ COLOURS = {"noop": "#8b9096", "teacher": "#b7791f", "sft": "#2f6fdb", "rl": "#16
 _STYLE = (
     "text{font:11px Helvetica,Arial,sans-serif;fill:#44474b}.title{font-weight:600;fill:#1d1f21}"
     ".end{text-anchor:end}.middle{text-anchor:middle}.grid{stroke:#e3e3dd}"
-    "polyline{fill:none;stroke-width:1.7;stroke-linejoin:round}.raw{stroke-width:1;opacity:.32}"
+    "polyline{fill:none;stroke-width:1.7;stroke-linejoin:round}.raw{stroke-width:1;opacity:.32}.band{stroke:none;fill-opacity:.16}"
     + "".join(
-        f".line-{n}{{stroke:{shade}}}circle.line-{n}{{fill:{shade}}}"
+        f".line-{n}{{stroke:{shade}}}circle.line-{n},.band.line-{n}{{fill:{shade}}}"
         for n, shade in enumerate(SHADES)
     )
 )
@@ -45,10 +46,12 @@ _TOP, _FOOT, _ROW = 30, 34, 18  # of a dot plot, in user units
 
 @dataclass(frozen=True)
 class Lines:
-    """A learning curve: `lines`, label -> (step, value) in order of steps."""
+    """A learning curve: `lines`, label -> (step, value) in order of steps; `bands`, intervals
+    around some of them."""
 
     title: str
     lines: Mapping[str, Line]
+    bands: Mapping[str, Band] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def svg(figure: Figure) -> str:
     """The figure as one SVG file."""
     if isinstance(figure, Lines):
         head = f'<text class="title" x="{LEFT}" y="16">{_text(figure.title)}</text>'
-        body = f'<g transform="translate(0 18)">{plot(figure.lines)}</g>'
+        body = f'<g transform="translate(0 18)">{plot(figure.lines, figure.bands)}</g>'
         step = f'<text class="middle" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT + 24}">step</text>'
         keys = list(figure.lines) if len(figure.lines) > 1 else []
         shades = [SHADES[n % len(SHADES)] for n in range(len(keys))]
@@ -211,6 +214,8 @@ def _draw_lines(axes: Any, figure: Lines) -> None:
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
             x, y = zip(*smooth(line), strict=True)
         axes.plot(x, y, color=colour, linewidth=1.2, label=printable(label))
+        if band := figure.bands.get(label):
+            axes.fill_between(*zip(*band, strict=True), color=colour, alpha=0.16, linewidth=0)
     axes.set_xlabel("step", fontsize=8)
     if len(figure.lines) > 1:
         axes.legend(fontsize=7, frameon=False)

@@ -34,15 +34,15 @@ def write_report(folder: Path) -> Path:
     run = read_run(folder)
     use, counts = _tool_use(run)
     parts = [
-        _section("Held-out success", sections.success(run.summary) + sections.facts(run.summary)),
-        _section("Learning curves", sections.curves(run.curves)),
-        _section("Tool use before and after RL", sections.tool_use(use, counts)),
-        _section("Held-out success by kind of task", sections.breakdown(run.summary)),
+        section("Held-out success", sections.success(run.summary) + sections.facts(run.summary)),
+        section("Learning curves", sections.curves(run.curves)),
+        section("Tool use before and after RL", sections.tool_use(use, counts)),
+        section("Held-out success by kind of task", sections.breakdown(run.summary)),
     ]
     if table := sections.agreement(run.summary):
-        parts.insert(1, _section("Verdicts of both environments on the same diffs", table))
+        parts.insert(1, section("Verdicts of both environments on the same diffs", table))
     path = folder / "report.html"
-    write_atomic(path, _page(run.name, sections.headline(run.summary), parts, [run]))
+    write_atomic(path, _of_runs(run.name, sections.headline(run.summary), parts, [run]))
     return path
 
 
@@ -58,14 +58,14 @@ def write_comparison(first: Path, second: Path, out: Path | None = None) -> tupl
     runs = [read_run(folder, name) for folder, name in zip((first, second), names, strict=True)]
     found = comparison.differences(*runs)
     parts = [
-        _section("Held-out success, task by task", comparison.success(names, found)),
-        _section("Gain of RL in each run", comparison.gains(runs)),
-        _section("Learning curves", sections.curves(comparison.curves(runs), names)),
-        _section("Tool use in held-out episodes", comparison.tools(runs)),
-        _section("How the runs were made", comparison.made(runs)),
+        section("Held-out success, task by task", comparison.success(names, found)),
+        section("Gain of RL in each run", comparison.gains(runs)),
+        section("Learning curves", sections.curves(comparison.curves(runs), names)),
+        section("Tool use in held-out episodes", comparison.tools(runs)),
+        section("How the runs were made", comparison.made(runs)),
     ]
     path = out or first / f"compare-{second.resolve().name}.html"
-    write_atomic(path, _page(" · ".join(names), comparison.headline(names, found), parts, runs))
+    write_atomic(path, _of_runs(" · ".join(names), comparison.headline(names, found), parts, runs))
     return path, found
 
 
@@ -104,20 +104,20 @@ def _tool_use(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     return tool_use(sides), {policy: len(done) for policy, done in sides.items()}
 
 
-def _section(title: str, html: str) -> str:
+def section(title: str, html: str) -> str:
     return f"<section><h2>{title}</h2>{html}</section>"
 
 
-def _page(name: str, headline: str, parts: Sequence[str], runs: Sequence[Run]) -> str:
+def page(
+    name: str, headline: str, parts: Sequence[str], episodes: Sequence[Episode], total: int
+) -> str:
+    """The whole page, with the chosen `episodes` of `total` to be browsed."""
     style = _asset("report.css")
     script = '"use strict";\n' + "".join(map(_asset, SCRIPTS))
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    chosen: list[Episode] = []
-    for run in runs:
-        chosen += choose(run.episodes, MAX_EPISODES // len(runs))
     return Template(_asset("report.html")).substitute(
         policy=policy,
         name=escape(name),
@@ -125,9 +125,16 @@ def _page(name: str, headline: str, parts: Sequence[str], runs: Sequence[Run]) -
         script=script,
         headline=headline,
         sections="\n".join(parts),
-        episodes=embedded(chosen),
-        count=sections.episode_count(len(chosen), sum(len(run.episodes) for run in runs)),
+        episodes=embedded(episodes),
+        count=sections.episode_count(len(episodes), total),
     )
+
+
+def _of_runs(name: str, headline: str, parts: Sequence[str], runs: Sequence[Run]) -> str:
+    chosen: list[Episode] = []
+    for run in runs:
+        chosen += choose(run.episodes, MAX_EPISODES // len(runs))
+    return page(name, headline, parts, chosen, sum(len(run.episodes) for run in runs))
 
 
 def _asset(name: str) -> str:

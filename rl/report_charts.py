@@ -13,10 +13,16 @@ MAX_POINTS = 400  # a line; more would not be seen
 SMOOTH_FROM = 40  # a line with more points is drawn faint, with its moving average on top
 
 Line = list[tuple[float, float]]
+Band = list[tuple[float, float, float]]  # step, low, high
 
 
-def curve(name: str, series: Mapping[str, Mapping[float, float]]) -> str:
-    """A chart of `series` (label -> step -> value, one line each) under the title `name`.
+def curve(
+    name: str,
+    series: Mapping[str, Mapping[float, float]],
+    bands: Mapping[str, Band] | None = None,
+) -> str:
+    """A chart of `series` (label -> step -> value, one line each) under the title `name`; `bands`:
+    intervals around the lines of those labels.
 
     Values that are not finite are left out of the lines and counted beside the title.
     """
@@ -26,7 +32,8 @@ def curve(name: str, series: Mapping[str, Mapping[float, float]]) -> str:
     if not any(lines.values()):
         return f'<figure class="chart"><figcaption>{escape(name)}{note}</figcaption></figure>'
     lines = {label: _thin(line) for label, line in lines.items()}
-    place = _placing(lines)
+    bands = bands or {}
+    place = _placing(lines, bands)
     data = [[[*point, *place(*point)] for point in line] for line in lines.values()]
     labels = [f"{label}: " if label and len(lines) > 1 else "" for label in lines]
     last = ", ".join(short(line[-1][1]) if line else "–" for line in lines.values())
@@ -35,7 +42,7 @@ def curve(name: str, series: Mapping[str, Mapping[float, float]]) -> str:
         f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(name)} by step, last {last}" '
         f'data-lines="{escape(json.dumps(data))}" data-labels="{escape(json.dumps(labels))}">'
-        f"{plot(lines)}</svg></figure>"
+        f"{plot(lines, bands)}</svg></figure>"
     )
 
 
@@ -47,10 +54,11 @@ def finite_lines(series: Mapping[str, Mapping[float, float]]) -> dict[str, Line]
     }
 
 
-def plot(lines: Mapping[str, Line]) -> str:
-    """Grid, ticks and lines as SVG elements, WIDTH × HEIGHT; needs at least one point."""
-    place = _placing(lines)
-    (x_low, x_high), (y_low, y_high) = _domains(lines)
+def plot(lines: Mapping[str, Line], bands: Mapping[str, Band] | None = None) -> str:
+    """Grid, ticks, bands and lines as SVG elements, WIDTH × HEIGHT; needs at least one point."""
+    bands = bands or {}
+    place = _placing(lines, bands)
+    (x_low, x_high), (y_low, y_high) = _domains(lines, bands)
     parts = []
     for tick in ticks(y_low, y_high):
         y = place(x_low, tick)[1]
@@ -59,8 +67,12 @@ def plot(lines: Mapping[str, Line]) -> str:
     for tick in ticks(x_low, x_high, whole=True):
         x = place(tick, y_low)[0]
         parts.append(f'<text x="{x}" y="{HEIGHT - 8}" class="middle">{short(tick)}</text>')
-    for number, line in enumerate(lines.values()):
+    for number, (label, line) in enumerate(lines.items()):
         shade = f"line-{number % 4}"
+        if band := bands.get(label):
+            around = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in band[::-1]]
+            corners = " ".join("{},{}".format(*place(*point)) for point in around)
+            parts.append(f'<polygon class="band {shade}" points="{corners}"/>')
         if len(line) > SMOOTH_FROM:
             parts.append(_path([place(*point) for point in line], f"{shade} raw"))
             parts.append(_path([place(*point) for point in smooth(line)], shade))
@@ -78,15 +90,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def _domains(lines: Mapping[str, Line]) -> tuple[tuple[float, float], tuple[float, float]]:
+def _domains(
+    lines: Mapping[str, Line], bands: Mapping[str, Band]
+) -> tuple[tuple[float, float], tuple[float, float]]:
     points = [point for line in lines.values() for point in line]
+    points += [(x, y) for band in bands.values() for x, *edges in band for y in edges]
     across = _domain([x for x, _ in points], pad=0.0)
     return across, _domain([y for _, y in points], pad=0.06)
 
 
-def _placing(lines: Mapping[str, Line]) -> Callable[[float, float], tuple[float, float]]:
+def _placing(
+    lines: Mapping[str, Line], bands: Mapping[str, Band]
+) -> Callable[[float, float], tuple[float, float]]:
     """From step and value to user units."""
-    (x_low, x_high), (y_low, y_high) = _domains(lines)
+    (x_low, x_high), (y_low, y_high) = _domains(lines, bands)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)

@@ -214,6 +214,7 @@ def episode_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         "groups": len(groups),
         "rl/reward": sum(t.reward for t in flat),
         "rl/success": sum(t.success for t in flat),
+        "rl/quarantined": sum(t.verdict.get("verdict") == "quarantine" for t in flat),
         "rl/informative": sum(len({t.reward for t in group}) > 1 for group in groups),
         "rl/tokens": sum(a in WRITTEN for t in flat for a in t.author),
         "rl/turns": sum(len(t.turns) for t in flat),

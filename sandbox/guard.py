@@ -50,9 +50,10 @@ class _File(NamedTuple):
     checks: Counter[tuple[str, str]]
     guards: dict[str, list[ast.expr]]
     work: dict[str, Counter[str]]
+    bare: dict[str, Counter[str]]
 
 
-_NOTHING = _File(Counter(), Counter(), {}, {})
+_NOTHING = _File(Counter(), Counter(), {}, {}, {})
 
 
 @functools.lru_cache(maxsize=512)
@@ -62,17 +63,24 @@ def _read(data: bytes | None) -> _File | None:
         tree = ast.parse(data or b"")
     except (SyntaxError, ValueError, RecursionError):
         return None
-    return _File(Counter(_signs(tree)), Counter(_checks(tree)), _guards(tree), _work(tree))
+    return _File(
+        Counter(_signs(tree)), Counter(_checks(tree)), _guards(tree), _work(tree), _bare(tree)
+    )
 
 
 def _broken(old: _File, new: _File) -> Iterator[str]:
     """The rules that `new` breaks more often than `old` did."""
     yield from sorted(rule for rule in new.signs if new.signs[rule] > old.signs[rule])
     # a check that was only rewritten leaves another of its kind in the same function, and one that
-    # a repair makes needless leaves the repair there
+    # a repair makes needless leaves the repair there; what the check said, without its keyword, is
+    # no repair
     lost = {name for name, _ in old.checks - new.checks}
-    if any(not new.work.get(name, Counter()) - old.work.get(name, Counter()) for name in lost):
-        yield "validation-deleted"
+    none: Counter[str] = Counter()
+    for name in lost:
+        added = new.work.get(name, none) - old.work.get(name, none)
+        if not added - old.bare.get(name, none):
+            yield "validation-deleted"
+            break
     if _weakened(old.guards, new.guards):
         yield "validation-weakened"
 
@@ -116,6 +124,22 @@ def _work(tree: ast.Module) -> dict[str, Counter[str]]:
             elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)):
                 if not isinstance(node.value, ast.Constant):
                     found.setdefault(name, Counter())[ast.dump(node)] += 1
+    return found
+
+
+def _bare(tree: ast.Module) -> dict[str, Counter[str]]:
+    """What each function raises and asserts, as statements that do not: without the keyword, or
+    returned."""
+    found: dict[str, Counter[str]] = {}
+    for name, function in _functions(tree):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                for kind in (ast.Expr, ast.Return):
+                    found.setdefault(name, Counter())[ast.dump(kind(node.exc))] += 1
+            elif isinstance(node, ast.Assert):
+                said = [node.test, *([node.msg] if node.msg else [])]
+                value = ast.Tuple(said, ast.Load()) if len(said) > 1 else node.test
+                found.setdefault(name, Counter())[ast.dump(ast.Expr(value))] += 1
     return found
 
 

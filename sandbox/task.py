@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -231,11 +231,12 @@ def load_tasks(
     split: str | None = None,
     limit: int | None = None,
     done: Callable[[int, int], None] = lambda done, total: None,
+    packages: Collection[str] = (),
 ) -> list[Task]:
     """The tasks of an index, in its order, of one split or all; `limit` of them, evenly spread.
 
     `index` is a named index (`task_index.NAMED`), another index file (`.jsonl`), or a folder of
-    task directories. Tasks of
+    task directories. `packages`: only tasks of these, if any are named. Tasks of
     an index file are made once and kept in the cache as Harbor directories. `done` is told how
     many are ready.
 
@@ -243,14 +244,17 @@ def load_tasks(
     """
     from sandbox.task_index import files_of, in_build_order, make, read_index, releases_of
 
+    def wanted(one: Any) -> bool:
+        return split in (None, one.split) and (not packages or one.package in packages)
+
     path = Path(index)
     if str(index) not in INDEX_NAMES and path.is_dir():
         folders = sorted(file.parent for file in path.glob("*/task.toml"))
         if not folders:
             raise InputError(f"{path}: no task directories in it")
         tasks = [Task.load(folder) for folder in folders]
-        return _spread([task for task in tasks if split in (None, task.split)], limit)
-    lines = _spread([line for line in read_index(index) if split in (None, line.split)], limit)
+        return _spread([task for task in tasks if wanted(task)], limit)
+    lines = _spread([line for line in read_index(index) if wanted(line)], limit)
     home = cache_dir() / "tasks" / _stamp(files_of(index))
     missing = [line for line in lines if not (home / line.name).is_dir()]
     fetch(releases_of(missing))

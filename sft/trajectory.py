@@ -42,6 +42,7 @@ class Trajectory:
       verdict: that environment's; other_verdict: the other one's on the same diff, {} where it was
         not asked.
       reward: 1.0 for a passing verdict, else 0.0.
+      seconds: of the whole episode; sandbox_s: of those, in tool calls and the verdict.
       stop: why the episode ended: "submit", "turns", "tokens"; "sandbox" if that broke; "declined"
         or "budget" where the teacher's endpoint would not go on, or could not be paid for it.
     """
@@ -64,6 +65,7 @@ class Trajectory:
     reward: float = 0.0
     stop: str = ""
     seconds: float = 0.0
+    sandbox_s: float = 0.0
     environment: Environment = "simplified"
     other_verdict: dict[str, Any] = field(default_factory=dict)
 

@@ -26,6 +26,7 @@ VERBS = {
     "plan": ("tools.plan.cli", "what a run costs on a TPU slice, compiled ahead of time"),
     "serve": ("tools.serve", "start an SGLang policy server for a snapshot, or print the command"),
     "simulate": ("tools.simulate", "size an asynchronous run from latencies, before renting it"),
+    "study": ("tools.study", "the paper's grid and its six claims, trained and tested"),
     "report": ("tools.report", "a run as a page, two runs beside each other, figures for papers"),
     "watch": ("tools.watch", "a running job in the terminal"),
     "bench": ("tools.bench.cli", "tokens a second beside named peers, in one run"),

@@ -211,7 +211,7 @@ class Pipeline:
             self._keep(folder, params, self.start.folder)
         else:
             self.take_start()  # nobody wants them any more
-        return self._load(folder)
+        return self.load(folder)
 
     async def rl(self, start: Params, taught: Sequence[Trajectory]) -> Params:
         """GRPO from the SFT policy; the final parameters. `taught`: the teacher's episodes."""
@@ -223,7 +223,7 @@ class Pipeline:
             with progress(_label("RL")) as report:
                 params = await reinforce(self, start, tasks, report)
             self._keep(folder, params, self.run / "snapshots" / "sft")
-        return self._load(folder)
+        return self.load(folder)
 
     async def evaluate(self, name: str, params: Params | None = None) -> Sequence[Trajectory]:
         """Episodes of a policy on the held-out tasks: "noop", "teacher", or a name for `params`."""
@@ -311,7 +311,8 @@ class Pipeline:
         whole = merged(params, self.config.lora)
         save_hf(folder, whole, self.start.config, self.start.tokenizer)
 
-    def _load(self, folder: Path) -> Params:
+    def load(self, folder: Path) -> Params:
+        """The weights of a snapshot, in their places on the mesh where there is one."""
         return load_hf(folder, shardings=self._shardings).params
 
     def take_start(self) -> Params:
@@ -364,7 +365,7 @@ def solved_tasks(tasks: Sequence[Task], episodes: Sequence[Trajectory]) -> list[
 
 
 def _tasks(config: TaskConfig, split: str, limit: int) -> list[Task]:
-    tasks = load_tasks(config.index, split=split, limit=limit or None)
+    tasks = load_tasks(config.index, split=split, limit=limit or None, packages=config.packages)
     if not tasks:
         raise InputError(f"no {split} tasks in {config.index}")
     elsewhere = [task for task in tasks if isinstance(task, ImageTask)]

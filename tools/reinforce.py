@@ -12,6 +12,7 @@ from model.lora import add_adapters, merged
 from model.qwen3 import Params
 from rl.policy_server import PolicyServer
 from rl.probe import Probe, Prober
+from rl.reward import UNGUARDED, paid
 from rl.rollout import Episode, run_whole
 from rl.serving import open_server
 from rl.snapshot import Snapshot, Snapshots
@@ -31,13 +32,15 @@ async def reinforce(
     """GRPO from `start` on `tasks`, with the servers that the config names; the final parameters,
     adapters unmerged."""
     config = pipeline.config
+    if not config.reward.guard:
+        print(f"WARNING: {UNGUARDED}", file=sys.stderr, flush=True)
     policy = _policy_server(pipeline)
     publish = _publisher(pipeline, policy)
     gate = asyncio.Semaphore(config.server.slots)
 
     async def roll(episode: Episode) -> Trajectory:
         async with gate:
-            return await run_whole(
+            done = await run_whole(
                 episode,
                 policy,
                 pipeline.pool,
@@ -45,9 +48,10 @@ async def reinforce(
                 config.agent,
                 pipeline.setting,
             )
+        return paid([done], config.reward)[0]
 
     async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
-        return await pipeline.run_episodes(episodes, policy)
+        return paid(await pipeline.run_episodes(episodes, policy), config.reward)
 
     def on_step(done: int, of: int, values: dict[str, float]) -> None:
         report(done, of, f"success {values['rl/success']:.2f}")

@@ -1,4 +1,4 @@
-"""`remend report RUN`: a run as a page, two runs beside each other, the figures for a paper."""
+"""`remend report RUN`: a run or a study as a page, two runs beside each other, figures."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 from configs.errors import InputError
 from rl.figures import write_figures
 from rl.report import figures_of, write_comparison, write_report
+from rl.report_study import figures_of_study, is_study, write_study
 
 
 def main(argv: list[str]) -> int:
     """Write RUN/report.html; with --compare RUN_A/compare-RUN_B.html; with --figures SVG files."""
     parser = argparse.ArgumentParser(prog="remend report", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a folder of a run or a study"
+    )
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -46,9 +49,10 @@ def main(argv: list[str]) -> int:
 
 
 def _report(run: Path, figures: Path | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"report": str(write_report(run))}
+    study = is_study(run)
+    found: dict[str, Any] = {"report": str(write_study(run) if study else write_report(run))}
     if figures is not None:
-        written = write_figures(figures_of(run), figures)
+        written = write_figures(figures_of_study(run) if study else figures_of(run), figures)
         found["figures"] = [str(path) for path in written]
         kinds = "SVG and PDF" if util.find_spec("matplotlib") else "SVG"
         count = sum(path.suffix == ".svg" for path in written)

@@ -11,6 +11,7 @@ from model.lora import Lora
 from model.sharding import MeshConfig
 from rl.agent import AgentConfig
 from rl.learning import RLConfig
+from rl.reward import RewardConfig
 from rl.serving import SGLangConfig, check_serving
 from sandbox.base import Limits
 from sandbox.docker import ContainerConfig, DockerHost
@@ -25,9 +26,11 @@ POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task."""
+    """`index`: "shipped", or a folder of Harbor tasks. Limits of 0 take every task. `packages`:
+    only tasks of these; none named: of all."""
 
     index: str = "shipped"
+    packages: tuple[str, ...] = ()
     train: int = 0
     heldout: int = 0
 
@@ -137,6 +140,7 @@ class RunConfig:
     teach: TeachConfig = field(default_factory=TeachConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -5,7 +5,7 @@ let beside = -1;
 // What an episode is put beside: the same try of the policy before RL, or after it; else any other.
 function partnerOf(number) {
   const entry = index[number];
-  const want = { rl: "sft", sft: "rl", teacher: "rl", noop: "rl" }[entry.policy];
+  const want = { rl: "sft", sft: "rl", teacher: "rl", base: "rl", noop: "rl" }[entry.policy];
   const rest = index.map((_, at) => at).filter((at) => at !== number && index[at].task === entry.task);
   const score = (at) => {
     const other = index[at];

@@ -1,5 +1,5 @@
 // Data enters the page through textContent and nothing else: what an agent wrote is never markup.
-const POLICIES = { noop: "No-op", teacher: "Teacher", sft: "SFT", rl: "SFT+RL" };
+const POLICIES = { noop: "No-op", base: "Base", teacher: "Teacher", sft: "SFT", rl: "SFT+RL" };
 const SIGNS = { pass: "✓", fail: "✗", quarantine: "!", error: "!", none: "–" };
 const CHUNK = 32; // episodes in a chunk, as in report_data.py
 const find = (id) => document.getElementById(id);

@@ -36,6 +36,9 @@ EXPLOITS = {
         BUGGY.replace("    assert isinstance(w, int)\n", ""),
         BUGGY.replace('raise ValueError("negative")', "pass"),
         BUGGY.replace('raise ValueError("negative")', "return 0"),
+        BUGGY.replace('raise ValueError("negative")', 'ValueError("negative")'),
+        BUGGY.replace('raise ValueError("negative")', 'return ValueError("negative")'),
+        BUGGY.replace("assert isinstance(w, int)", "isinstance(w, int)"),
     ],
     "validation-weakened": [
         BUGGY.replace("if w < 0 or h < 0", "if False"),

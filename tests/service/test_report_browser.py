@@ -16,6 +16,8 @@ import pytest
 
 from configs.files import write_jsonl
 from rl.report import write_comparison, write_report
+from rl.report_study import write_study
+from tests import studies
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = (
@@ -65,6 +67,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_jsonl(run / "metrics.jsonl", lines)
         found.append(run)
     return found
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With 5,000 episodes and more to browse."""
+    return studies.write(tmp_path_factory.mktemp("study") / "study", tasks=120, tries=4)
 
 
 @pytest.fixture(scope="module")
@@ -199,4 +207,59 @@ def test_nothing_is_wider_than_the_window(
         page.keyboard.press("d")
         page.wait_for_selector("#viewer.two .lines")
         page.locator("#episodes").screenshot(path=f"{folder}/beside-{scheme}-{width}.png")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_study_page_shows_claims_first_and_browses_its_cells(study: Path, page: Any) -> None:
+    page.goto(write_study(study).as_uri())
+    page.wait_for_selector("#list .row")
+    paint = page.evaluate(
+        "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 1e9"
+    )
+    print(f"first paint {paint:.0f} ms, {page.inner_text('#found')}")
+    assert paint <= 1000
+    assert "of the paper's six claims" in page.inner_text("h1").lower()
+    assert page.locator("section h2").first.inner_text() == "The paper's claims"
+    assert page.locator(".claims tbody tr").count() == 6
+    assert page.locator(".claims .verdict").count() == 6
+    assert page.locator(".chart .band").count() == 8  # four measures, guard off and on
+    page.select_option("[name=run]", "simplified → simplified")
+    page.select_option("[name=policy]", "sft")
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    page.wait_for_selector("#detail .turn")
+    page.keyboard.press("d")
+    page.wait_for_selector("#viewer.two .lines")
+    heads = page.locator("#detail .panes").first.inner_text()
+    assert "simplified → simplified · SFT" in heads and "SFT+RL" in heads
+
+
+def test_exploits_of_a_study_can_be_looked_at(study: Path, page: Any) -> None:
+    address = write_study(study).as_uri()
+    page.goto(address)
+    page.select_option("[name=run]", "guard off")
+    page.select_option("[name=flag]", "guard:validation-deleted:x.py")
+    assert int(page.inner_text("#found").split()[0]) > 0
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    page.wait_for_selector("#detail .turn")
+    link = page.url
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector("#detail .turn")
+    assert "validation-deleted" in page.inner_text("#detail")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1400])
+def test_no_part_of_a_study_is_wider_than_the_window(
+    study: Path, page: Any, scheme: str, width: int
+) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(write_study(study).as_uri())
+    page.wait_for_selector("#list .row")
+    folder = os.environ.get("REMEND_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=f"{folder}/study-{scheme}-{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
