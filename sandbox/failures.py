@@ -22,7 +22,8 @@ _NETWORK = re.compile(
     r"Max retries exceeded|ConnectionError|Connection refused|ClientConnectorError",
 )
 _CLOCK = re.compile(
-    r"(?:^|[_\W])(timeout|perf|performance|benchmark|slow|speed|elapsed)(?:$|[_\W])", re.I
+    r"(?:^|[_\W])(timeout|perf|performance|benchmark|slow|speed|elapsed|under_\d+m?s)(?:$|[_\W])",
+    re.I,
 )
 
 
