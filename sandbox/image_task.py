@@ -94,8 +94,8 @@ def instruction_of(folder: Path) -> str:
 def _steps(folder: Path) -> list[str]:
     """Names of the task's steps, in their order; most have none."""
     steps = read_toml(folder / "task.toml").get("steps", [])
-    names = [step.get("name") for step in steps if isinstance(step, dict)]
-    if not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
+    names = [str(step.get("name")) for step in steps if isinstance(step, dict)]
+    if not all(NAME.fullmatch(name) for name in names):
         raise InputError("task.toml: a step's name is missing or is no folder's")
     return names
 
