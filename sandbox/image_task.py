@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.errors import InputError
 from sandbox.base import Tree
-from sandbox.task import Task, checked
+from sandbox.task import NAME, Task, checked, read_toml
 
 
 class NeedsImage(InputError):
@@ -40,11 +40,7 @@ class ImageTask(Task):
     @classmethod
     def read(cls, folder: Path, facts: dict[str, Any]) -> ImageTask:
         """From a task directory and its [metadata.remend]. Raises InputError if they are wrong."""
-        try:
-            told = (folder / "instruction.md").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder / 'instruction.md'}: cannot be read: {error}") from None
-        values = {**facts, "instruction": told, "folder": folder}
+        values = {**facts, "instruction": instruction_of(folder), "folder": folder}
         return cls(**checked(cls, values, folder / "task.toml"))
 
     def files(self) -> dict[str, bytes | None]:
@@ -76,6 +72,32 @@ class ImageTask(Task):
 
     def save(self, folder: Path) -> None:
         copy_plain(self.folder, folder)
+
+
+def instruction_of(folder: Path) -> str:
+    """What the agent is told: instruction.md, or those of the task's steps one after another.
+
+    Raises InputError, naming the file, when one is missing or empty.
+    """
+    told: list[str] = []
+    for name in [f"steps/{step}/instruction.md" for step in _steps(folder)] or ["instruction.md"]:
+        try:
+            told.append((folder / name).read_text(encoding="utf-8").strip())
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"{name} cannot be read: {why}") from None
+        if not told[-1]:
+            raise InputError(f"{name} is empty")
+    return "\n\n".join(told)
+
+
+def _steps(folder: Path) -> list[str]:
+    """Names of the task's steps, in their order; most have none."""
+    steps = read_toml(folder / "task.toml").get("steps", [])
+    names = [str(step.get("name")) for step in steps if isinstance(step, dict)]
+    if not all(NAME.fullmatch(name) for name in names):
+        raise InputError("task.toml: a step's name is missing or is no folder's")
+    return names
 
 
 def plain_files(folder: Path) -> list[str]:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 SCHEMA_VERSION = "1.4"
 INDEX_NAMES = ("shipped", "releases", "all")
 ORIGINS = ("sdist", "carried", "image")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _TEMPLATES = INDEX / "harbor"
 
 # `*` matches `/` too (fnmatch). Whatever decides which tests run, or how, is no place for a fix.
@@ -199,7 +199,7 @@ class Task:
 
         Raises InputError, naming the file, when one is missing or says something impossible.
         """
-        config = _read_toml(folder / "task.toml")
+        config = read_toml(folder / "task.toml")
         facts = config.get("metadata", {}).get("remend")
         if not isinstance(facts, dict):
             raise InputError(
@@ -366,10 +366,10 @@ def checked(cls: type[Task], values: dict[str, Any], where: Path) -> dict[str, A
         found[field.name] = value
     if set(values) - set(found):
         raise InputError(f"{where}: unknown keys {sorted(set(values) - set(found))}")
-    if not _NAME.fullmatch(found["name"]):
+    if not NAME.fullmatch(found["name"]):
         raise InputError(f"{where}: {found['name']!r} is not a task name")
     for key in ("package", "version"):  # they name files in the cache
-        if not _NAME.fullmatch(found[key]):
+        if not NAME.fullmatch(found[key]):
             raise InputError(f"{where}: {found[key]!r} is not a {key}")
     if found["origin"] not in ORIGINS:
         raise InputError(f"{where}: origin must be one of {', '.join(ORIGINS)}")
@@ -413,7 +413,7 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: not a task directory, or a damaged one: {error}") from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(_read(path).replace("\r\n", "\n"))
     except tomllib.TOMLDecodeError as error:

@@ -6,6 +6,7 @@ must run.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.files import write_atomic
-from sandbox.image_task import copy_plain
+from sandbox.image_task import copy_plain, instruction_of
 from sandbox.importers.rows import slug
 from sandbox.task import Task, facts_toml
 
 FORMAT = "harbor"
 SPLIT = "heldout"
+_TESTS = ("test.sh", "test.bat")
 _BUILDS = ("Dockerfile", "docker-compose.yaml", "docker-compose.yml", "singularity-compose.yaml")
 
 
@@ -34,7 +36,7 @@ def task_folders(source: Path) -> list[Path]:
 def write_harbor(folder: Path, target: Path, split: str) -> None:
     """Copy a task directory to `target`, with our facts.
 
-    Raises InputError when it is not one that Harbor would run, or has several steps.
+    Raises InputError when it is not one that Harbor would run.
     """
     config = _config(folder)
     if isinstance(config.get("metadata"), dict) and "remend" in config["metadata"]:
@@ -67,10 +69,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _facts(folder: Path, config: dict[str, Any], split: str) -> dict[str, str | Sequence[str]]:
-    if config.get("steps"):
-        raise InputError("it has several steps: here a task has one instruction and one verdict")
-    _instruction(folder)
-    if not any((folder / "tests" / name).is_file() for name in ("test.sh", "test.bat")):
+    instruction_of(folder)
+    rooms = [folder, *folder.glob("steps/*/")]
+    if not any((room / "tests" / name).is_file() for room in rooms for name in _TESTS):
         raise InputError("tests/test.sh is missing")
     environment = config.get("environment")
     image = environment.get("docker_image") if isinstance(environment, dict) else None
@@ -83,6 +84,8 @@ def _facts(folder: Path, config: dict[str, Any], split: str) -> dict[str, str | 
         image = built[0]
     task = config.get("task")
     named = str(task.get("name", "")) if isinstance(task, dict) else ""
+    if isinstance(task, dict) and not re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        raise InputError(f"task.name must be ORGANISATION/NAME, not {named!r}")
     origin = slug(named.rpartition("/")[0]) or "harbor"
     licence = task.get("license") if isinstance(task, dict) else None
     return {
@@ -103,12 +106,3 @@ def _facts(folder: Path, config: dict[str, Any], split: str) -> dict[str, str | 
         "image": image,
         "provenance": (f"format={FORMAT}", f"task={named or folder.name}"),
     }
-
-
-def _instruction(folder: Path) -> None:
-    try:
-        told = (folder / "instruction.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"instruction.md: {error}") from None
-    if not told.strip():
-        raise InputError("instruction.md is empty")

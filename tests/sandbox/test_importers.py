@@ -509,6 +509,23 @@ def test_a_foreign_harbor_task_is_kept_as_it_is(
     assert Task.load(again / "hello").digest == task.digest
 
 
+def test_a_foreign_task_of_several_steps_tells_them_in_order(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (foreign / "instruction.md").unlink()
+    shutil.rmtree(foreign / "tests")
+    put(foreign, {"task.toml": TOML + "\n[[steps]]\nname = 'b'\n\n[[steps]]\nname = 'a'\n"})
+    for step in ("a", "b"):
+        put(foreign, {f"steps/{step}/instruction.md": f"Do {step}."})
+        put(foreign, {f"steps/{step}/tests/test.sh": "exit 0\n"})
+    out = tmp_path / "tasks"
+    assert run(capsys, "import", foreign, "--out", out)[0] == 0
+    assert Task.load(out / "hello").instruction == "Do b.\n\nDo a."
+    (foreign / "steps/b/instruction.md").unlink()
+    code, _, err = run(capsys, "import", foreign, "--out", tmp_path / "none")
+    assert code == 2 and "steps/b/instruction.md cannot be read" in err
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -517,7 +534,7 @@ def test_a_foreign_harbor_task_is_kept_as_it_is(
         (lambda f: (f / "instruction.md").write_text(" \n"), "instruction.md is empty"),
         (lambda f: (f / "environment/Dockerfile").unlink(), "environment/Dockerfile"),
         (lambda f: (f / "task.toml").write_text("a = [\n"), "task.toml"),
-        (lambda f: (f / "task.toml").write_text(TOML + "[[steps]]\nname = 'a'\n"), "several steps"),
+        (lambda f: (f / "task.toml").write_text(TOML.replace("acme/", "")), "ORGANISATION/NAME"),
         (lambda f: (f / "task.toml").write_text("metadata = {a = 1}\n"), "takes no"),
         (lambda f: (f / "tests/x").symlink_to("/etc/passwd"), "neither a file nor a folder"),
     ],
