@@ -10,6 +10,7 @@ from typing import Protocol
 from configs.errors import InputError
 from sandbox.agent_tools import Observation, ToolBox, ToolCall
 from sandbox.base import SandboxBroken, SandboxPool
+from sandbox.held_back import shown_tests
 from sandbox.task import Task
 from sandbox.verdict import broken_sandbox, judge
 from sft.chat import Malformed, Renderer, parse_calls
@@ -31,6 +32,8 @@ class AgentConfig:
       thinking_budget: tokens of one turn after which a `<think>` that is still open is closed, with
         the words that Qwen3 has for it; 0: none. Counted within `max_new_tokens`.
       declare_tools: put the tools' JSON schemas into the system turn.
+      held_back: share of a task's tests that the verdict wants and the agent neither runs nor
+        reads; then no tool shows it protected files.
     """
 
     max_turns: int = 8
@@ -40,8 +43,11 @@ class AgentConfig:
     thinking: bool = False
     thinking_budget: int = 0
     declare_tools: bool = False
+    held_back: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.held_back <= 1:
+            raise InputError(f"agent.held_back is a share, from 0 to 1: {self.held_back}")
         if self.thinking_budget and not self.thinking:
             raise InputError("agent.thinking_budget goes with agent.thinking: true")
         if self.thinking_budget and not 0 < self.thinking_budget < self.max_new_tokens:
@@ -160,8 +166,9 @@ async def run_episode(
     session = await policy.open(seed)
     try:
         async with pool.lease(task.tree()) as sandbox:
-            tests = (*task.fail_to_pass, *task.pass_to_pass)
-            box = ToolBox(sandbox, tests, task.module, task.function)
+            tests = shown_tests(task, config.held_back)
+            closed = task.protected if config.held_back else ()
+            box = ToolBox(sandbox, tests, task.module, task.function, closed)
             await _converse(record, session, box, renderer, config)
             record.patch = await sandbox.diff()
         verdict = await judge(task, record.patch, pool)

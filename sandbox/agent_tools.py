@@ -7,9 +7,11 @@ file) is answered with an observation that says so; only trouble of the harness 
 from __future__ import annotations
 
 import itertools
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from configs.errors import InputError
@@ -118,10 +120,19 @@ def check_arguments(call: ToolCall) -> None:
 class ToolBox:
     """The tools of one episode, acting on one leased sandbox.
 
-    `tests` are what `run_tests` runs; `module` and `function` name what is under repair.
+    `tests` are what `run_tests` runs; `module` and `function` name what is under repair. `closed`:
+    patterns (fnmatch) of paths that no tool shows.
     """
 
-    def __init__(self, sandbox: Sandbox, tests: Sequence[str], module: str, function: str) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        tests: Sequence[str],
+        module: str,
+        function: str,
+        closed: Sequence[str] = (),
+    ) -> None:
+        self._closed = tuple(closed)
         self._sandbox, self._tests = sandbox, tuple(tests)
         self._module, self._function = module, function
         self._before_edit: dict[str, bytes] = {}
@@ -146,7 +157,13 @@ class ToolBox:
             text = f"error: {error}"
         return Observation(text)
 
+    def _is_closed(self, path: str) -> bool:
+        clean = posixpath.normpath(path)
+        return any(fnmatch(clean, pattern) for pattern in self._closed)
+
     async def _source(self, path: str) -> str:
+        if self._is_closed(path):
+            raise CallError(f"{path} is not shown")
         data = await self._sandbox.read(path)
         try:
             return data.decode("utf-8")
@@ -180,6 +197,7 @@ class ToolBox:
         argv = ["grep", "-rnIF", "--include=*.py", "-m", "4", "-e", text, "."]
         result = await self._sandbox.exec(argv)
         found = [line.removeprefix("./") for line in result.stdout.splitlines()]
+        found = [line for line in found if not self._is_closed(line.partition(":")[0])]
         if not found:
             return "nothing found"
         shown = [_clip(line) for line in found[:MAX_MATCHES]]
