@@ -12,7 +12,7 @@ from sandbox.agent_tools import Observation, ToolBox, ToolCall
 from sandbox.base import SandboxBroken, SandboxPool
 from sandbox.checks import checks_of
 from sandbox.environments import SIMPLIFIED, Environment, Setting, other
-from sandbox.hidden import visible, without_tests
+from sandbox.hidden import hidden_tests, visible, without_tests
 from sandbox.task import Task
 from sandbox.verdict import broken_sandbox, judge
 from sft.chat import Malformed, Renderer, parse_calls
@@ -170,8 +170,9 @@ async def run_episode(
     try:
         tree = task.tree()
         if setting.hide_tests:
-            tree = without_tests(tree, task.fail_to_pass)
-            checks = visible(checks, tree)
+            hidden = hidden_tests(task, setting.hide_tests)
+            tree = without_tests(tree, hidden)
+            checks = visible(checks, tree, hidden)
         async with pool.lease(tree) as sandbox:
             setting.refuse_bare_shell(pool.backend)
             box = ToolBox(sandbox, checks, task.module, task.function, setting.environment)

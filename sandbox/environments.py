@@ -15,6 +15,7 @@ from typing import Literal
 from configs.errors import InputError
 
 Environment = Literal["simplified", "full"]
+Hide = float | Literal["failing"]
 ENVIRONMENTS: tuple[Environment, ...] = ("simplified", "full")
 
 
@@ -30,14 +31,19 @@ class Setting:
     Attributes:
       environment: what the agent has, and whose verdict is the reward.
       judge_both: find the other environment's verdict on the same diff, too.
-      hide_tests: the agent's tree lacks the tests that have to be repaired.
+      hide_tests: which tests the agent's tree lacks and the verdict wants all the same
+        (`sandbox.hidden.hidden_tests`); 0: none.
       shell_without_isolation: the user accepts a shell in the plain sandbox.
     """
 
     environment: Environment = "simplified"
     judge_both: bool = False
-    hide_tests: bool = False
+    hide_tests: Hide = 0.0
     shell_without_isolation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hide_tests != "failing" and not 0 <= self.hide_tests <= 1:
+            raise InputError(f"hide_tests is a share from 0 to 1, or failing: {self.hide_tests}")
 
     @property
     def shell(self) -> bool:

@@ -15,7 +15,7 @@ from rl.reward import RewardConfig
 from rl.serving import SGLangConfig, check_serving
 from sandbox.base import Limits
 from sandbox.docker import ContainerConfig, DockerHost
-from sandbox.environments import Environment, Setting
+from sandbox.environments import Environment, Hide, Setting
 from sft.endpoint import EndpointConfig, check_endpoint
 from sft.filters import FilterConfig
 from sft.tracking import TrackingConfig
@@ -120,15 +120,15 @@ class RunConfig:
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
     environment: what the policy has in its episodes, and whose verdict is the reward
       (`sandbox.environments`).
-    hide_tests: take the tests that have to be repaired out of the policy's copy of the repository:
-      it has their names from its instructions, and what it can run are the others. Not for the
-      search teacher, which goes by failures.
+    hide_tests: tests of a task that the verdict wants and that are taken out of the agent's copy of
+      the repository: a share of those that its instructions do not name, or "failing", those that
+      have to be repaired. Not that for the search teacher, which goes by failures.
     judge_both: in evaluations, find the other environment's verdict on each diff as well.
     """
 
     policy: str = "shipped"
     environment: Environment = "simplified"
-    hide_tests: bool = False
+    hide_tests: Hide = 0.0
     judge_both: bool = False
     network: NetworkConfig = field(default_factory=NetworkConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -157,7 +157,9 @@ def check(config: RunConfig, rl: bool) -> None:
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")
     bare = sandbox.shell_without_isolation
-    setting = Setting(config.environment, shell_without_isolation=bare)
+    setting = Setting(
+        config.environment, hide_tests=config.hide_tests, shell_without_isolation=bare
+    )
     setting.refuse_bare_shell(sandbox.backend)
     agent = config.agent
     targets = min(agent.max_turns * agent.max_new_tokens, agent.max_tokens)

@@ -134,7 +134,7 @@ def test_hidden_tests_are_not_run_by_the_agent_and_decide(
 ) -> None:
     """With the bug there, what it can run passes, so the teacher submits at once."""
     render = Renderer(tokenizer)
-    (t,) = run(tasks[:1], TeacherPolicy(render), render, 0, Setting(hide_tests=True))
+    (t,) = run(tasks[:1], TeacherPolicy(render), render, 0, Setting(hide_tests="failing"))
     told = f"all {len(tasks[0].pass_to_pass)} tests pass"
     assert t.turns[0].observations[0] == told and t.verdict["verdict"] == "fail"
     assert set(t.verdict["fail_to_pass"]) == set(tasks[0].fail_to_pass)

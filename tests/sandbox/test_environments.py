@@ -386,7 +386,7 @@ def test_hidden_tests_are_not_in_the_tree_of_the_agent(task: Repair, apart: Box)
     shown = (f"{name}add[2]", f"{name}double", "tests/test_more.py::test_half")
     task = dataclasses.replace(task, fail_to_pass=hidden, pass_to_pass=shown)
     tree = without_tests(task.tree(), hidden)
-    checks = visible(Checks(hidden, shown), tree)
+    checks = visible(Checks(hidden, shown), tree, hidden)
     assert checks.tests == shown[1:]
 
     async def work() -> tuple[list[str], list[Verdict]]:
