@@ -49,7 +49,7 @@ from sft.trajectory import Trajectory
 from tools.fine_tune import fine_tune
 from tools.progress import progress
 from tools.reinforce import reinforce
-from tools.run_config import POLICIES, RunConfig, TaskConfig, check, same_run
+from tools.run_config import RunConfig, TaskConfig, check, policy_folder, same_run
 from tools.suites import judged_in_full
 
 
@@ -75,7 +75,7 @@ class Pipeline:
         simulate_devices(_devices_here(config.mesh.devices))
         self.config, self.run, self.seed = config, run, seed
         self.start = load_policy(
-            POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy),
+            policy_folder(config.policy),
             shardings=self._shardings,
             **asdict(config.network),
         )

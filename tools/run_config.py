@@ -22,6 +22,7 @@ from sft.tracking import TrackingConfig
 from sft.train import SFTConfig
 
 POLICIES = Path(__file__).resolve().parent.parent / "model" / "policies"
+SHIPPED = {"shipped": "tiny", "shipped-small": "small"}  # what a config calls them: folder
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ class NetworkConfig:
 class RunConfig:
     """One run: model × data × algorithm × environment.
 
-    policy: "shipped", or a folder (Hugging Face, Orbax or MaxText) with the weights to start from
-      and their tokenizer.
+    policy: "shipped" (2.2M parameters), "shipped-small" (7.7M, stored in bfloat16: to train it set
+      network.param_dtype=float32), or a folder (Hugging Face, Orbax or MaxText) with the weights to
+      start from and their tokenizer.
     mesh: how the devices of all hosts share the work of training.
     lora: train adapters instead of the weights. Each of SFT and RL folds its own into what it hands
       on, and leaves them beside its snapshot in the PEFT format, for the weights it began with.
@@ -143,6 +145,11 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def policy_folder(policy: str) -> Path:
+    """Where the policy of a config lies."""
+    return POLICIES / SHIPPED[policy] if policy in SHIPPED else Path(policy)
 
 
 def check(config: RunConfig, rl: bool) -> None:

@@ -16,7 +16,7 @@ from rl.learning import RLConfig
 from rl.loss import LossConfig
 from sft.learner import OptimizerConfig
 from tools.plan.chips import Slice, parse
-from tools.run_config import POLICIES, RunConfig
+from tools.run_config import RunConfig, policy_folder
 
 MESHES = Path(__file__).resolve().parents[2] / "configs" / "mesh"
 STAGES = ("sft", "rl")
@@ -131,7 +131,7 @@ def read_job(
 def _model(config: RunConfig) -> Qwen3Config:
     """The policy's config: of a folder, or of the published model of that name."""
     run: dict[str, Any] = {k: v for k, v in asdict(config.network).items() if v is not None}
-    folder = POLICIES / "tiny" if config.policy == "shipped" else Path(config.policy)
+    folder = policy_folder(config.policy)
     if (folder / "config.json").is_file():
         from model.hf import read_config
 
