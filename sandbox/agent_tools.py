@@ -17,6 +17,7 @@ from sandbox.base import ExecResult, Sandbox, SandboxError, TestReport
 from sandbox.checks import Checks
 from sandbox.environments import Environment
 from sandbox.mutate import FunctionSpan, functions
+from sandbox.source import OUTSIDE
 
 # what differs from run to run: addresses, and the names that `tempfile` draws
 _VOLATILE = re.compile(r"(?<=0x)[0-9a-fA-F]+|(?<=\btmp)[a-z0-9_]{8}(?![a-z0-9_])")
@@ -145,7 +146,9 @@ class ToolBox:
     ) -> None:
         self._sandbox, self._checks = sandbox, checks
         self._tools = tools_of(environment)
-        self._module, self._function = module, function
+        self._module = module
+        # a bug between functions: all of the module is under repair
+        self._function = function if function != OUTSIDE else None
         self._before_edit: dict[str, bytes] = {}
         self._last_failure: str | None = None
 

@@ -24,7 +24,7 @@ from sandbox.packages import Package
 from sandbox.patch import make_patch
 from sandbox.prove import prove
 from sandbox.shipped import group
-from sandbox.source import Code, FunctionSpan
+from sandbox.source import OUTSIDE, Code, FunctionSpan
 from sandbox.split import split
 
 
@@ -322,9 +322,9 @@ def _bodies(data: bytes) -> list[tuple[FunctionSpan, int]]:
 
 
 def function_at(data: bytes, line: int) -> str:
-    """Qualified name of the innermost function around a line; "<module>" outside any."""
+    """Qualified name of the innermost function around a line; `OUTSIDE` any of them."""
     around = [span for span, _ in _bodies(data) if span.line <= line <= span.end_line]
-    return min(around, key=lambda s: s.end_line - s.line).name if around else "<module>"
+    return min(around, key=lambda s: s.end_line - s.line).name if around else OUTSIDE
 
 
 def _one_of_each(tests: Sequence[str]) -> list[str]:

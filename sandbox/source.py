@@ -22,6 +22,8 @@ from configs.errors import InputError
 Position = tuple[int, int]
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
+OUTSIDE = "<module>"  # in the place of a function's name: outside any
+
 _SKIPPED_TOKENS = frozenset(
     {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT}
 )

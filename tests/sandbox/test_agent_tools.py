@@ -42,14 +42,14 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-def converse(tree: Tree, *calls: ToolCall) -> tuple[list[str], str]:
+def converse(tree: Tree, *calls: ToolCall, function: str = "Box.clip") -> tuple[list[str], str]:
     """The observations of some calls in one episode, and the diff it leaves."""
 
     async def run() -> tuple[list[str], str]:
         pool = LocalPool(1)
         try:
             async with pool.lease(tree) as sandbox:
-                box = ToolBox(sandbox, CHECKS, "box.py", "Box.clip")
+                box = ToolBox(sandbox, CHECKS, "box.py", function)
                 return [(await box.call(call)).text for call in calls], await sandbox.diff()
         finally:
             await pool.close()
@@ -62,6 +62,13 @@ def edit(**arguments: object) -> ToolCall:
 
 
 RUN = ToolCall("run_tests", {})
+
+
+def test_a_bug_outside_any_function_is_in_all_of_its_module(tree: Tree) -> None:
+    change = ToolCall("edit", {"old": "class Box", "new": "class  Box"})
+    (seen, edited), diff = converse(tree, ToolCall("view", {}), change, function="<module>")
+    assert seen.startswith("1 ") and "class Box" in seen
+    assert not edited.startswith("error") and "+class  Box" in diff
 
 
 def test_a_repair(tree: Tree) -> None:
