@@ -16,7 +16,8 @@ from typing import Any
 
 from configs.errors import InputError
 from sandbox.base import Tree
-from sandbox.task import NAME, Task, checked, read_toml
+from sandbox.task import Task
+from sandbox.task_file import NAME, checked, read_toml
 
 
 class NeedsImage(InputError):

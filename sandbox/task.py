@@ -15,13 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
-import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from string import Template
@@ -32,14 +29,12 @@ from configs.paths import cache_dir
 from sandbox.base import Tree
 from sandbox.packages import INDEX, Release, adopt, fetch, load_packages
 from sandbox.patch import apply_patch, make_patch
+from sandbox.task_file import checked, read_json, read_text, read_toml, task_toml
 from sandbox.wheels import FOLDER as REQUIREMENTS
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = "1.4"
 INDEX_NAMES = ("shipped", "releases", "all")
-ORIGINS = ("sdist", "carried", "image")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _TEMPLATES = INDEX / "harbor"
 
 # `*` matches `/` too (fnmatch). Whatever decides which tests run, or how, is no place for a fix.
@@ -210,11 +205,11 @@ class Task:
             from sandbox.image_task import ImageTask
 
             return ImageTask.read(folder, facts)
-        tests = _read_json(folder / "tests" / "tests.json")
+        tests = read_json(folder / "tests" / "tests.json")
         values = {
             **facts,
-            "instruction": _read(folder / "instruction.md").strip(),
-            "bug_patch": _read(folder / "environment" / "bug.patch"),
+            "instruction": read_text(folder / "instruction.md").strip(),
+            "bug_patch": read_text(folder / "environment" / "bug.patch"),
             "fail_to_pass": tests.get("fail_to_pass"),
             "pass_to_pass": tests.get("pass_to_pass"),
         }
@@ -302,89 +297,13 @@ def _stamp(indexes: tuple[Path, ...]) -> str:
 
 
 # the modules whose code decides what a task directory holds
-_DECISIVE = ("task", "shipped", "mined", "changelog", "hunks", "patch")
+_DECISIVE = ("task", "task_file", "shipped", "mined", "changelog", "hunks", "patch")
 _ELSEWHERE = ("instruction", "fail_to_pass", "pass_to_pass", "bug_patch")
 _OPTIONAL = ("origin", "provenance")
-
-_TASK_TOML = """\
-schema_version = "{schema}"
-
-[task]
-name = "remend/{name}"
-description = "Repair a bug in {package}"
-
-[metadata.remend]
-{facts}
-
-[verifier]
-timeout_sec = 360.0
-
-[agent]
-timeout_sec = 600.0
-
-[environment]
-network_mode = "no-network"
-build_timeout_sec = 600.0
-cpus = 1
-memory_mb = 1024
-storage_mb = 2048
-"""
-
-
-def task_toml(name: str, package: str, facts: Mapping[str, str | Sequence[str]]) -> str:
-    """Harbor's settings with ours."""
-    return _TASK_TOML.format(
-        schema=SCHEMA_VERSION, name=name, package=package, facts=facts_toml(facts)
-    )
-
-
-def facts_toml(facts: Mapping[str, str | Sequence[str]]) -> str:
-    """The lines of a section of TOML."""
-    return "\n".join(f"{key} = {_toml_value(value)}" for key, value in facts.items())
 
 
 def _present(files: dict[str, bytes | None]) -> dict[str, bytes]:
     return {path: data for path, data in files.items() if data is not None}
-
-
-def checked(cls: type[Task], values: dict[str, Any], where: Path) -> dict[str, Any]:
-    """What a task's file says, as the fields of `cls`. Raises InputError if it is wrong."""
-    found: dict[str, Any] = {}
-    for field in fields(cls):
-        default = None if field.default is MISSING else field.default
-        value = values.get(field.name, list(default) if default == () else default)
-        if field.type == "str":
-            good = isinstance(value, str) and (bool(value) or default == "")
-        elif field.type == "Path":
-            good = isinstance(value, Path)
-        else:
-            listed = value if isinstance(value, list) else [None]
-            good = all(isinstance(item, str) and item for item in listed)
-            value = tuple(listed)
-        if not good:
-            raise InputError(f"{where}: {field.name} is missing or of the wrong kind: {value!r}")
-        found[field.name] = value
-    if set(values) - set(found):
-        raise InputError(f"{where}: unknown keys {sorted(set(values) - set(found))}")
-    if not NAME.fullmatch(found["name"]):
-        raise InputError(f"{where}: {found['name']!r} is not a task name")
-    for key in ("package", "version"):  # they name files in the cache
-        if not NAME.fullmatch(found[key]):
-            raise InputError(f"{where}: {found[key]!r} is not a {key}")
-    if found["origin"] not in ORIGINS:
-        raise InputError(f"{where}: origin must be one of {', '.join(ORIGINS)}")
-    if found["origin"] == "image":  # nothing of it is run here
-        return found
-    if not re.fullmatch("[0-9a-f]{64}", found["sdist_sha256"]):
-        raise InputError(f"{where}: sdist_sha256 is not a SHA-256")
-    if any(fnmatchcase(found["module"], pattern) for pattern in found["protected"]):
-        raise InputError(f"{where}: the module under repair, {found['module']}, is protected")
-    if not found["fail_to_pass"]:
-        raise InputError(f"{where}: a task needs at least one failing test")
-    for path in (found["module"], *found["python_path"]):
-        if path.startswith("/") or ".." in path.split("/"):
-            raise InputError(f"{where}: {path!r} leads out of the tree")
-    return found
 
 
 def _link(source: Path, target: Path) -> None:
@@ -398,33 +317,3 @@ def _link(source: Path, target: Path) -> None:
 @cache
 def _template(name: str) -> str:
     return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _toml_value(value: str | Sequence[str]) -> str:
-    # JSON strings and arrays are TOML too, but for DEL, which needs an escape there
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _read(path: Path) -> str:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a task directory, or a damaged one: {error}") from None
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(_read(path).replace("\r\n", "\n"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(path))
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object")
-    return value

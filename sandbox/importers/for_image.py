@@ -10,7 +10,7 @@ from string import Template
 from configs.errors import InputError
 from sandbox.importers.rows import Issue
 from sandbox.packages import INDEX
-from sandbox.task import task_toml
+from sandbox.task_file import task_toml
 
 _TEMPLATES = INDEX / "harbor-image"
 FOLDER = "/testbed"  # where the images of SWE-bench, SWE-smith and R2E-Gym have the repository

@@ -16,7 +16,8 @@ from configs.errors import InputError
 from configs.files import write_atomic
 from sandbox.image_task import copy_plain, instruction_of
 from sandbox.importers.rows import slug
-from sandbox.task import Task, facts_toml
+from sandbox.task import Task
+from sandbox.task_file import facts_toml
 
 FORMAT = "harbor"
 SPLIT = "heldout"
