@@ -28,25 +28,31 @@ description = "Repair a bug in {package}"
 {facts}
 
 [verifier]
-timeout_sec = 360.0
+timeout_sec = {verifier_s}
 
 [agent]
-timeout_sec = 600.0
+timeout_sec = {agent_s}
 
 [environment]
 network_mode = "no-network"
 build_timeout_sec = 600.0
 cpus = 1
-memory_mb = 1024
-storage_mb = 2048
+memory_mb = {memory_mb}
+storage_mb = {storage_mb}
 """
 
 
-def task_toml(name: str, package: str, facts: Mapping[str, str | Sequence[str]]) -> str:
+# what Harbor gives a task: one of ours, and a repository with its whole environment
+_SMALL = {"verifier_s": 360.0, "agent_s": 600.0, "memory_mb": 1024, "storage_mb": 2048}
+_LARGE = {"verifier_s": 1800.0, "agent_s": 1800.0, "memory_mb": 8192, "storage_mb": 20480}
+
+
+def task_toml(
+    name: str, package: str, facts: Mapping[str, str | Sequence[str]], large: bool = False
+) -> str:
     """Harbor's settings with ours."""
-    return _TASK_TOML.format(
-        schema=SCHEMA_VERSION, name=name, package=package, facts=facts_toml(facts)
-    )
+    told = {"schema": SCHEMA_VERSION, "name": name, "package": package, "facts": facts_toml(facts)}
+    return _TASK_TOML.format(**told, **(_LARGE if large else _SMALL))
 
 
 def facts_toml(facts: Mapping[str, str | Sequence[str]]) -> str:

@@ -121,7 +121,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _told(check: Check) -> str:
     if check.refused:
-        return f"{check.task}: refused: {check.refused}"
+        return f"refused: {check.refused}"
     return f"{check.task}: before {check.before}, after {check.after}"
 
 

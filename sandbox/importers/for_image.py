@@ -29,7 +29,7 @@ def write_for_image(issue: Issue, folder: Path, split: str) -> None:
     tests = {"fail_to_pass": issue.fail_to_pass, "pass_to_pass": issue.pass_to_pass}
     known = {"folder": FOLDER, "image": issue.image, "command": test_command(issue)}
     texts = {
-        "task.toml": task_toml(issue.name, issue.package, _facts(issue, split)),
+        "task.toml": task_toml(issue.name, issue.package, _facts(issue, split), large=True),
         "instruction.md": issue.problem.strip() + "\n",
         "environment/Dockerfile": _filled("Dockerfile", known),
         "tests/test.sh": _filled("test.sh", known),

@@ -7,13 +7,14 @@ https://github.com/jkoppel/QuixBugs
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from configs.errors import InputError
 from sandbox.base import Sandbox, SandboxPool, Tree
 from sandbox.coverage import coverage
-from sandbox.importers.carried import carry, licence_of, read_folder
+from sandbox.importers.carried import carry, head, is_repository, licence_of, read_folder
 from sandbox.importers.rows import changed_function
 from sandbox.packages import Package
 from sandbox.patch import make_patch
@@ -89,6 +90,10 @@ class QuixBugs:
         top = {p.name: p.read_bytes() for p in sorted(source.glob("LICEN[CS]E*")) if p.is_file()}
         self.files |= top
         self.files["conftest.py"] = CONFTEST.encode()
+        self.origin = [f"format={FORMAT}", "repo=jkoppel/QuixBugs"]
+        if is_repository(source):
+            with contextlib.suppress(InputError):  # no git here, or no commit there
+                self.origin.append(f"commit={head(source)}")
         release = carry("quixbugs", "tree", self.files)
         self.package = Package(
             release.name,
@@ -154,7 +159,7 @@ class QuixBugs:
             bug_patch=make_patch({module: self.files[module]}, {module: self.buggy[name]}),
             protected=(f"{TESTS}/*", f"{DATA}/*", *ALWAYS_PROTECTED),
             origin="carried",
-            provenance=(f"format={FORMAT}", f"instance_id={name}", "repo=jkoppel/QuixBugs"),
+            provenance=(*self.origin, f"instance_id={name}"),
         )
 
 
