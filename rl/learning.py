@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from configs.errors import InputError
 from model.checkpoint import Checkpoints
 from model.config import Qwen3Config
+from model.hosts import host_count
 from model.qwen3 import Params
 from model.share import share_of, spread
 from rl.experience import AdvantageConfig, CriticConfig, Scores, Shape, prepare
@@ -128,6 +129,7 @@ class Learning:
             mesh,
             temperature,
             offload=config.optimizer.offload,
+            longest=_longest(config, mesh),
         )
         self._state = self._learner.init(params)
         self._critic_state: TrainState | None = None
@@ -236,7 +238,18 @@ def _critic(
         return None, valued, valued
     optimizer = config.critic.optimizer
     rule, loss = optimizer.build(updates), critic_loss(config.loss)
-    return Learner(valued, rule, loss, mesh, offload=optimizer.offload), model, valued
+    own = Learner(
+        valued, rule, loss, mesh, offload=optimizer.offload, longest=_longest(config, mesh)
+    )
+    return own, model, valued
+
+
+def _longest(config: RLConfig, mesh: Mesh | None) -> int:
+    """Microbatches of an update whose every episode has a row of its own: there are never more."""
+    share = share_of(mesh)
+    groups = -(-config.tasks_per_step // config.updates_per_step)
+    rows = -(-groups // host_count()) * len(share.peers) * config.group_size
+    return max(1, -(-rows // share.rows(config.microbatch_rows)))
 
 
 def _with_value(params: Params, model: Qwen3Config) -> Params:

@@ -88,6 +88,8 @@ class Learner:
         passes its own rows, and all the same number of microbatches.
       temperature: log-probabilities are of softmax(logits / temperature), as they were sampled.
       offload: keep the optimizer's state in the hosts' memory between updates.
+      longest: microbatches of the largest update to come, if that is known: the step is compiled
+        for as many from the start, or else again where it meets more.
 
     Raises InputError for a mesh that does not fit the model.
     """
@@ -101,6 +103,7 @@ class Learner:
         temperature: float = 1.0,
         *,
         offload: bool = False,
+        longest: int = 1,
     ) -> None:
         check_attention(config.attention)
         for leaf in jax.tree.leaves(split(abstract(config))[0]):
@@ -120,7 +123,7 @@ class Learner:
             )
         self._config, self._optimizer, self._mesh, self._offload = config, optimizer, mesh, offload
         self._specs = param_specs(config, sizes)
-        self._longest = 1  # microbatches that the step was compiled for
+        self._longest = _power_of_two(longest)  # microbatches that the step is compiled for
 
         def forward(params: Params, rows: Rows) -> tuple[jax.Array, ...]:
             """One device's part: log-probability and entropy of every target slot, and, where the
@@ -244,7 +247,7 @@ class Learner:
         `skipped`, 1 for an update that was left out.
         """
         # Compiled for a power of two of microbatches, of which the loop runs those that are there.
-        self._longest = max(self._longest, 1 << (len(batches) - 1).bit_length())
+        self._longest = max(self._longest, _power_of_two(len(batches)))
         spare = [jax.tree.map(np.zeros_like, batches[0])] * (self._longest - len(batches))
         rows = jax.tree.map(lambda *parts: np.stack(parts), *batches, *spare)
         put = self._put(rows, ahead=1)
@@ -320,6 +323,11 @@ class Learner:
         if all(device.process_index == jax.process_index() for device in self._mesh.devices.flat):
             return jax.device_put(rows, layout)
         return jax.tree.map(lambda s, a: jax.make_array_from_process_local_data(s, a), layout, rows)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is no smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 def _row_specs(rows: Rows, ahead: int = 0) -> Rows:

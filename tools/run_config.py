@@ -160,6 +160,14 @@ def check(config: RunConfig, rl: bool) -> None:
         check_endpoint(config.teach.endpoint)
     if (config.teach.teacher == "dataset") != bool(config.teach.dataset):
         raise InputError("teach.dataset, a folder, goes with teach.teacher=dataset")
+    validation = config.sft.validation
+    if not 0 <= validation.share < 1:
+        raise InputError(f"sft.validation.share must lie in 0..1, below 1: {validation.share}")
+    if (validation.patience or validation.best) and not (validation.share and validation.every):
+        raise InputError(
+            "sft.validation.patience and best go by losses on what is held back: set "
+            "sft.validation.share, 0.1 say, and every"
+        )
     sandbox = config.sandbox
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")

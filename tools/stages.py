@@ -79,6 +79,7 @@ async def _run(verb: str, config: Any, args: argparse.Namespace) -> dict[str, An
     stage = args.policy if verb == "eval" else verb
     serves = config.server.kind == "inprocess" if verb == "rl" else verb == "eval"
     serves = serves and stage not in ("noop", "teacher")
+    serves |= stage in ("sft", "rl") and config.sft.validation.success_every > 0
     given = verb == "eval" and stage not in ("noop", "teacher", "sft", "rl")
     other = load_hf(Path(stage)).params if given else None  # refused before anything is written
     async with Pipeline(config, args.out, args.seed, rl=stage == "rl", serves=serves) as pipeline:

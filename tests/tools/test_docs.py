@@ -18,7 +18,7 @@ from tools.simulate import SimulateConfig
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [
     line
-    for page in ("tpu.md", "serving.md")
+    for page in ("tpu.md", "serving.md", "sft.md")
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
     for line in block.splitlines()
     if line.startswith("remend ")

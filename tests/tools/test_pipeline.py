@@ -68,3 +68,19 @@ def test_a_shell_in_a_plain_sandbox_is_refused_before_work_starts() -> None:
     assert load(RunConfig, path).environment == "simplified"
     with pytest.raises(InputError, match="environment: expected 'simplified' or 'full'"):
         load(RunConfig, path, ["environment=whole"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sft.validation.share=1.0"], "below 1"),
+        (["sft.validation.patience=2"], "set sft.validation.share"),
+        (["sft.validation.best=1", "sft.validation.share=0.1", "sft.validation.every=0"], "every"),
+        (["teach.teacher=dataset"], "goes with teach.teacher=dataset"),
+        (["teach.dataset=data"], "goes with teach.teacher=dataset"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(overrides: list[str], message: str) -> None:
+    config = load(RunConfig, ROOT / "configs/quickstart.yaml", overrides)
+    with pytest.raises(InputError, match=message):
+        check(config, rl=False)
