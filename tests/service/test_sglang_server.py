@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs.files import read_jsonl
 from model.config import Qwen3Config
 from model.decode import Engine
 from model.qwen3 import Params, init
@@ -395,6 +396,57 @@ def test_grpo_learns_and_trains_on_nothing_but_what_was_sampled(
     for number, values in enumerate(steps):
         if not lag:
             assert values["mismatch/mean"] <= TOLERANCE
+        done = load(tmp_path / "trajectories" / f"rl-{number + 1:06d}.jsonl")
+        assert len(done) == 32
+        for t in done:
+            check_sampled(t, number, lag, answers)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_server_that_is_killed_under_a_run_comes_back_and_the_run_goes_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """The only server dies by SIGKILL while episodes run on it, and is started again with the
+    snapshot it was first started with: it must catch up before a token of it is used."""
+    config = replace(CONFIG, steps=6, max_staleness=lag)
+    answers = record_answers(monkeypatch)
+    killed: list[float] = []
+    port = int(world.urls[0].rpartition(":")[2])
+    first = next(c for c in reversed(world.children) if str(port) in c.args and c.poll() is None)
+    server_of_run: list[SGLangServer] = []
+
+    async def kill() -> None:
+        while not server_of_run[0].fleet.replicas[0].running:  # under an episode
+            await asyncio.sleep(0.001)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        killed.append(time.monotonic())
+        world.serve(port)
+
+    async def work() -> None:
+        server = world.client(world.urls[:1])
+        server_of_run.append(server)
+        killers: list[asyncio.Task[None]] = []
+
+        def on_step(done: int, of: int, values: dict[str, float]) -> None:
+            if done == 2:
+                killers.append(asyncio.create_task(kill()))
+
+        try:
+            async with asyncio.timeout(2 * START_S):  # nothing hangs
+                await learn(world, server, tmp_path, config, thinking=False, on_step=on_step)
+            await killers[0]
+            label = await server.fleet.engine.label(server.fleet.replicas[0])
+            assert label == server.fleet.label
+        finally:
+            await server.close()
+
+    run(work)
+    steps = steps_of(tmp_path)
+    assert len(steps) == config.steps and len(killed) == 1
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert sum(row["time/server/retries"] for row in rows) >= 1  # it did hurt
+    for number in range(config.steps):
         done = load(tmp_path / "trajectories" / f"rl-{number + 1:06d}.jsonl")
         assert len(done) == 32
         for t in done:
