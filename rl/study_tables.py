@@ -195,7 +195,9 @@ class Comparison:
             pairs = self._pairs(environment)
             if pairs:
                 found = changes(pairs, tool_counts)
-                name = next(iter(found))
+                name = next(iter(found), None)
+                if name is None:
+                    return claims.row("tools", None, "undecided", "no policy called a tool")
                 note = f"largest change, {name}, of {len(found)} tools; {environment} environment"
                 return claims.row("tools", found[name], claims.tools(found), note, found)
         return claims.row("tools", None, "undecided")

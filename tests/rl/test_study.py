@@ -14,6 +14,8 @@ from rl.study_tables import study_record
 from tests.studies import HOSTILE, write
 from tools.report import main
 
+CELLS = grid(ENVIRONMENTS, True, (0,))
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,6 +58,19 @@ def test_cells_that_are_not_done_leave_their_claims_undecided(tmp_path: Path) ->
     found = study_record(tmp_path, grid(ENVIRONMENTS, True, (0,)), ENVIRONMENTS)
     assert {row["outcome"] for row in found["claims"]} == {"undecided"}
     assert found["cells"] == [] and found["exploitation"] is None
+
+
+def test_policies_that_call_nothing_are_no_failure(tmp_path: Path) -> None:
+    out = write(tmp_path, tasks=3, tries=1, seeds=(0,), steps=2)
+    for path in out.glob("cells/*/trajectories/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        empty = [{"text": "", "calls": [], "observations": ["error: no complete tool call"]}]
+        records = [{**line, "turns": empty, "tool_counts": {}} for line in lines]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (out / "study.json").write_text(json.dumps(study_record(out, CELLS, ENVIRONMENTS)))
+    assert write_study(out).exists()
+    found = next(row for row in read_study(out)["claims"] if row["key"] == "tools")
+    assert found["outcome"] == "undecided" and found["note"] == "no policy called a tool"
 
 
 def test_tasks_that_one_environment_cannot_judge_are_left_out_of_pairs(tmp_path: Path) -> None:
