@@ -168,6 +168,7 @@ def test_kill_9_and_again_pays_for_no_finished_episode_twice(server: ChatServer)
     assert sum(spent.tokens) >= sum(map(sum, server.paid))  # what was cut off counts in full
 
 
+@pytest.mark.service
 def test_the_budget_is_kept_and_may_be_raised(
     server: ChatServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def test_patience_counts_validations_without_a_gain() -> None:
     assert history.done
 
 
+@pytest.mark.service  # tens of seconds
 def test_an_update_that_is_left_out_changes_nothing_but_the_step() -> None:
     learner = Learner(MODEL, OptimizerConfig(warmup_steps=0).build(5), nll)
     rows = microbatches(pack(data(6), 48, 48), 2)
@@ -88,6 +89,7 @@ def test_the_loss_is_that_of_the_weights_after_the_update(tmp_path: Path) -> Non
     assert found[len(rows)] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.service  # tens of seconds
 def test_resumed_anywhere_it_ends_where_it_would_have(tmp_path: Path) -> None:
     """A rate so high that validation turns for the worse, and losses that the guard leaves out."""
     config = replace(
