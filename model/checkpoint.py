@@ -100,6 +100,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step on disk with the highest score, the newest of several; None without scores."""
+        self._manager.wait_until_finished()  # a step under way is listed, and cannot be read yet
         scored = [(score, step) for step, score in self._read_scores().items()]
         return max(scored)[1] if scored else None
 

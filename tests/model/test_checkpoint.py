@@ -121,6 +121,14 @@ def test_the_best_are_kept_besides_the_newest(tmp_path, background):
     last.close()
 
 
+def test_the_best_may_be_the_one_that_is_still_being_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, best=1, background=True)
+    checkpoints.save(1, {"a": jnp.zeros(8)}, score=0.1)
+    checkpoints.save(2, {"a": jnp.zeros(4_000_000)}, score=0.9)
+    assert checkpoints.best() == 2
+    checkpoints.close()
+
+
 def test_a_background_save_holds_what_was_saved_though_training_goes_on(tmp_path):
     """The learner donates its state, so that the next step may write over it."""
     advance = jax.jit(lambda t: jax.tree.map(lambda a: a * 1.5 + 1, t), donate_argnums=0)
