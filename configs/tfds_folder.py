@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def write_tfds(
 
     `features` makes a FeaturesDict, given TFDS; rows have its keys. Read it by
     ``tfds.data_source(name, data_dir=folder, split=…)``, or ``tfds.load`` where TensorFlow is.
-    Raises InputError if there is such a dataset already, or no row at all.
+    Raises InputError if there is such a dataset already.
     """
     import tensorflow_datasets as tfds
 
@@ -58,10 +58,13 @@ def write_tfds(
 
     tfds.disable_progress_bar()
     # TFDS writes beside the folder and renames it in the end; what it says is no answer of ours
-    with contextlib.redirect_stdout(sys.stderr):
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        tempfile.TemporaryDirectory(prefix="remend-tfds-") as downloads,  # nothing is, yet it asks
+    ):
         builder = Builder(data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(
+            download_dir=downloads,
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
-    shutil.rmtree(folder / "downloads", ignore_errors=True)  # empty: nothing was
     return path

@@ -1,7 +1,7 @@
 """Trajectories as a TFDS dataset: written, and read in any order, without TensorFlow.
 
 ArrayRecord files and their description, which ``tfds.data_source`` and Grain read. Its features
-are the fields of `Trajectory`, and the weight of each token in the loss of SFT; turns and verdict,
+are the fields of `Trajectory`, and the weight of each token in the loss of SFT; turns and verdicts,
 which have no fixed form, are JSON.
 """
 
@@ -24,9 +24,13 @@ VERSION = "1.0.0"
 SPLIT = "train"
 _DESCRIPTION = "Episodes of an agent that repaired code, token by token."
 _IDS = {"ids": np.int32, "author": np.int32, "logprobs": np.float32, "versions": np.int32}
-_TEXT = ("task", "package", "operator", "split", "policy", "prompt", "patch", "stop")
-_WHOLE, _REAL = ("seed", "weight_version"), ("reward", "seconds")  # int64, float32
-_JSON = ("turns", "verdict")
+_TEXT = (
+    *("task", "package", "operator", "split", "policy"),
+    *("prompt", "patch", "stop", "environment"),
+)
+_WHOLE = ("seed", "weight_version")  # int64
+_REAL = ("reward", "seconds", "sandbox_s")  # float32
+_JSON = ("turns", "verdict", "other_verdict")
 
 
 def write_dataset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ import pytest
 import yaml
 
 from configs.errors import InputError
-from sft.dataset import NAME, Published, write_dataset
+from sft.dataset import (
+    _IDS,
+    _JSON,
+    _REAL,
+    _TEXT,
+    _WHOLE,
+    NAME,
+    Published,
+    write_dataset,
+)
 from sft.examples import Examples
 from sft.trajectory import Trajectory, Turn, load
 from tests.tools.hosts import CONFIG, prepare
@@ -40,6 +50,9 @@ def trajectory(number: int, **more: object) -> Trajectory:
         reward=1.0,
         stop="submit",
         seconds=1234.567,
+        sandbox_s=12.345,
+        environment="full",
+        other_verdict={"verdict": "fail", "flags": ["x"]},
     )
     found.add(rng.integers(0, 2**17, seen).tolist(), 0)
     logprobs = (-rng.random(written).astype(np.float32)).tolist()
@@ -72,6 +85,11 @@ def test_what_was_written_is_read_in_any_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source[2]["ids"], examples[2].ids)
 
 
+def test_every_field_of_a_trajectory_is_a_feature() -> None:
+    features = [*_IDS, *_TEXT, *_WHOLE, *_REAL, *_JSON]
+    assert sorted(features) == sorted(field.name for field in fields(Trajectory))
+
+
 def test_a_dataset_is_not_written_over_nor_made_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no trajectory to keep"):
         write_dataset(tmp_path, Examples([]))
@@ -80,6 +98,16 @@ def test_a_dataset_is_not_written_over_nor_made_of_nothing(tmp_path: Path) -> No
         write_dataset(tmp_path, Examples([trajectory(1)]))
     with pytest.raises(InputError, match="holds no remend_trajectories"):
         Published(tmp_path / "elsewhere")
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "mine").write_text("x")
+    write_dataset(tmp_path, Examples([trajectory(0)]))
+    assert (tmp_path / "downloads" / "mine").read_text() == "x"
+    (tmp_path / "other").mkdir()
+    write_dataset(tmp_path / "other", Examples([trajectory(0)]))
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [NAME]
 
 
 def test_cut_off_while_it_is_written_it_is_no_dataset(tmp_path: Path) -> None:
