@@ -65,6 +65,6 @@ def write_tfds(
         builder = Builder(data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(
             download_dir=downloads,
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         )
     return path

@@ -17,22 +17,26 @@ from sft.endpoint import Endpoint, OutOfBudget
 
 
 class EndpointPolicy:
-    """The endpoint behind the protocol of a model."""
+    """The endpoint behind the protocol of a model; `tools`: schemas of those it is offered."""
 
     name = "teacher"
 
-    def __init__(self, endpoint: Endpoint, renderer: Renderer) -> None:
-        self._endpoint, self._renderer = endpoint, renderer
+    def __init__(
+        self, endpoint: Endpoint, renderer: Renderer, tools: tuple[dict, ...] = TOOLS
+    ) -> None:
+        self._endpoint, self._renderer, self._tools = endpoint, renderer, tools
 
     async def open(self, seed: int) -> EndpointSession:
-        return EndpointSession(self._endpoint, self._renderer, seed)
+        return EndpointSession(self._endpoint, self._renderer, self._tools, seed)
 
 
 class EndpointSession:
     """One episode as a conversation."""
 
-    def __init__(self, endpoint: Endpoint, renderer: Renderer, seed: int) -> None:
-        self._endpoint, self._renderer, self._seed = endpoint, renderer, seed
+    def __init__(
+        self, endpoint: Endpoint, renderer: Renderer, tools: tuple[dict, ...], seed: int
+    ) -> None:
+        self._endpoint, self._renderer, self._tools, self._seed = endpoint, renderer, tools, seed
         self._messages: list[dict[str, Any]] = []
         self._turns = 0
         self._turn: list[int] = []  # the turn so far
@@ -65,7 +69,7 @@ class EndpointSession:
         # attempts at one turn have seeds that follow one another: turns lie further apart
         seed = self._seed + 1000 * self._turns
         try:
-            answer = await self._endpoint.answer(self._messages, TOOLS, seed)
+            answer = await self._endpoint.answer(self._messages, self._tools, seed)
         except Declined:
             raise GivenUp("declined") from None
         except OutOfBudget:

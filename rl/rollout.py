@@ -115,7 +115,7 @@ async def run_to_file(
 
     While under way they are in `path.partial`, or, where several hosts share them out, in one such
     file of each; `path` itself only ever holds the whole set. `partly`: those that there was budget
-    for are the whole set.
+    for are the whole set, the ones that it cut short among them; else these are run again.
 
     Raises Preempted if a host was told to stop, InputError if the budget did not last.
     """
@@ -126,7 +126,7 @@ async def run_to_file(
         partial = path.with_name(f"{path.name}.host-{host_index()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     # what the last hosts left, however many they were
-    done = _left_over(path)
+    done = {key: t for key, t in _left_over(path).items() if partly or t.stop != "budget"}
     barrier(f"{path} taken up")
 
     def keep(trajectory: Trajectory) -> None:
@@ -148,7 +148,8 @@ async def run_to_file(
         on_done=keep,
     )
     fresh = await unless_noticed(running)
-    missing = agree(None if fresh is None else len(own) - len(fresh))
+    stood = [t for t in fresh or [] if partly or t.stop != "budget"]
+    missing = agree(None if fresh is None else len(own) - len(stood))
     if None in missing:
         raise Preempted(f"the episodes that are done are in {partial.parent}")
     if sum(missing) and not partly:
@@ -172,5 +173,8 @@ def _partials(path: Path) -> list[Path]:
 
 
 def _left_over(path: Path) -> dict[tuple[str, int], Trajectory]:
-    """The finished episodes of an unfinished set, by task and seed."""
-    return {(t.task, t.seed): t for partial in _partials(path) for t in load(partial)}
+    """The finished episodes of an unfinished set, by task and seed; one that was run again stands
+    for the one that the budget cut short."""
+    found = [t for partial in _partials(path) for t in load(partial)]
+    found.sort(key=lambda t: t.stop != "budget")  # stable: of two the later stands
+    return {(t.task, t.seed): t for t in found}

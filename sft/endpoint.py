@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import json
 import os
 import random
@@ -108,17 +109,19 @@ class Endpoint:
         import httpx2
 
         self.config, self.spending = config, spending
-        self._key = endpoint_key(config)
-        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         local = urlsplit(config.base_url).hostname in ("localhost", "127.0.0.1", "::1")
         self._http: httpx2.AsyncClient = httpx2.AsyncClient(
-            headers=headers,
             timeout=None,  # an answer has one deadline, however slowly it drips in
             trust_env=not local,  # no proxy between us and loopback
             limits=httpx2.Limits(max_connections=None),
         )
         self._not_before = 0.0  # of any request: what a Retry-After holds up is all of them
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"
+
+    @functools.cached_property
+    def _key(self) -> str:
+        """Read when something is sent: what is there already is read without."""
+        return endpoint_key(self.config)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -132,6 +135,9 @@ class Endpoint:
         where it refuses us or every attempt has failed.
         """
         why, pause = "", self.config.pause_s
+        headers = {"content-type": "application/json"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
         for attempt in range(self.config.attempts):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             body = json.dumps(self._request(messages, tools, seed + attempt), ensure_ascii=False)
@@ -142,7 +148,7 @@ class Endpoint:
             if key is None:
                 raise OutOfBudget(self.spent())
             try:
-                answer = await self._attempt(data)
+                answer = await self._attempt(data, headers)
             except _Again as error:
                 if not error.paid:
                     self.spending.settle(key, (0, 0))
@@ -193,10 +199,9 @@ class Endpoint:
             **self.config.extra,
         }
 
-    async def _attempt(self, body: bytes) -> Answer:
+    async def _attempt(self, body: bytes, headers: Mapping[str, str]) -> Answer:
         import httpx2
 
-        headers = {"content-type": "application/json"}
         try:
             async with asyncio.timeout(self.config.request_s):
                 async with self._http.stream(

@@ -57,7 +57,6 @@ class Spending:
                 self._before = [a + b for a, b in zip(self._before, tokens, strict=True)]
         self._open: dict[str, Tokens] = {}
         self._closed = [0, 0]
-        self.short = False  # whether a request was ever turned down
 
     @property
     def tokens(self) -> Tokens:
@@ -79,7 +78,6 @@ class Spending:
         left_usd = (self._budget.usd or math.inf) - self._prices.of(before)
         hosts = host_count()
         if sum(own) > left_tokens / hosts or self._prices.of(own) > left_usd / hosts:
-            self.short = True
             return None
         key = uuid.uuid4().hex
         append_jsonl(self._path, {"request": key, "at_most": list(most)})

@@ -183,7 +183,8 @@ class Pipeline:
     @functools.cached_property
     def teacher(self) -> Policy:
         if self.config.teach.teacher == "endpoint":
-            return EndpointPolicy(self.endpoint, self.renderer)
+            tools = tools_of(self.config.environment)
+            return EndpointPolicy(self.endpoint, self.renderer, tools)
         if self.config.teach.teacher == "dataset":
             raise InputError("with teach.teacher=dataset there is no teacher that could play")
         return TeacherPolicy(self.renderer)
@@ -262,7 +263,10 @@ class Pipeline:
                 concurrency=endpoint.concurrency if endpoint else self.config.server.slots,
                 setting=setting,
                 on_done=on_done,
-                partly=endpoint is not None and endpoint.when_spent == "train",
+                # an evaluation of some of the episodes would be of the easy ones
+                partly=stem == "teacher"
+                and endpoint is not None
+                and endpoint.when_spent == "train",
             )
         self._note_pool(stem)
         return done

@@ -113,6 +113,7 @@ def _taught(pipeline: Any, taught: Any, dataset: Path | None) -> dict[str, Any]:
     """How teaching went: what SFT would learn from, what it would not and why, and the cost."""
     from model.hosts import host_index
     from sft.dataset import write_dataset
+    from sft.spending import Spending
     from tools.fine_tune import examples
     from tools.progress import progress
 
@@ -120,7 +121,8 @@ def _taught(pipeline: Any, taught: Any, dataset: Path | None) -> dict[str, Any]:
     outcome = {"episodes": len(taught), "kept": len(kept), "success": solved / max(len(taught), 1)}
     outcome["dropped"] = dict(sorted(kept.dropped.items()))
     if pipeline.config.teach.teacher == "endpoint":
-        spent = pipeline.endpoint.spending
+        endpoint = pipeline.config.teach.endpoint
+        spent = Spending(pipeline.run, endpoint.prices, endpoint.budget)
         prompt, completion = spent.tokens
         outcome |= {"requests": spent.requests, "prompt_tokens": prompt}
         outcome |= {"completion_tokens": completion, "usd": spent.usd}

@@ -84,12 +84,13 @@ def teach(run: str, server: ChatServer, *more: str) -> list[str]:
 
 
 def test_it_plays_the_loop_of_every_policy_whatever_goes_wrong(
-    server: ChatServer, capsys: pytest.CaptureFixture[str], site: Path
+    server: ChatServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight episodes, each fault once or more: all are solved, and in the schema that SFT
     reads."""
     server.faults.extend(["429", "500", "cut", "garbage", "empty", "hang", "drip", "huge"])
-    assert cli.main(teach("faults", server)) == 0
+    command = teach("faults", server, "teach.endpoint.attempts=20")
+    assert cli.main(command) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["episodes"] == 8 and outcome["success"] == 1.0
     # four tasks, twice the same patch
@@ -104,9 +105,12 @@ def test_it_plays_the_loop_of_every_policy_whatever_goes_wrong(
         ]
         assert set(t.author) == {0, 1} and len(t.ids) == len(t.author)
     assert not any(KEY.encode() in p.read_bytes() for p in Path("faults").rglob("*") if p.is_file())
-    # once more: nothing is left to ask for
+    # once more: nothing is left to ask for, and no key is needed to see that
     asked = len(server.requests)
-    assert cli.main(teach("faults", server)) == 0 and len(server.requests) == asked
+    monkeypatch.delenv("TEACHER_KEY")
+    assert cli.main(command) == 0 and len(server.requests) == asked
+    again = json.loads(capsys.readouterr().out)
+    assert again == outcome and again["completion_tokens"] > 0
 
 
 @pytest.mark.service
@@ -194,6 +198,33 @@ def test_the_budget_is_kept_and_may_be_raised(
     assert sum(p * 10e-6 + c * 20e-6 for p, c in server.paid) <= outcome["usd"] + 1e-9
 
 
+def test_an_episode_that_the_budget_cut_short_is_run_again(server: ChatServer) -> None:
+    """The budget is for a turn and a half."""
+
+    def command(run: str, tokens: int, *more: str) -> list[str]:
+        some = ("teach.endpoint.concurrency=1", "teach.tries=1")
+        return teach(run, server, f"teach.endpoint.budget={{tokens: {tokens}}}", *some, *more)
+
+    assert cli.main(command("short", 3700)) == 2
+    (cut,) = load(Path("short/trajectories/teacher.jsonl.partial"))
+    assert cut.stop == "budget" and len(server.paid) == 1
+    assert cli.main(command("short", 10**6)) == 0
+    whole = load(Path("short/trajectories/teacher.jsonl"))
+    assert [t.stop for t in whole] == ["submit"] * 4 and whole[0].seed == cut.seed
+    # what is trained on may be some; what is measured may not
+    some = "teach.endpoint.when_spent=train"
+    assert cli.main(command("some", 3700, some)) == 0
+    assert [t.stop for t in load(Path("some/trajectories/teacher.jsonl"))] == ["budget"]
+    assert cli.main(["eval", *command("measured", 3700, some)[1:], "--policy", "teacher"]) == 2
+
+
+def test_it_is_offered_the_tools_of_the_environment(server: ChatServer) -> None:
+    server.tools.insert(4, "bash")
+    shell = ("environment=full", "sandbox.shell_without_isolation=true")
+    assert cli.main(teach("full", server, *shell, "teach.tries=1")) == 0
+    assert server.broken == [] and len(server.paid) == 4 * 3
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -247,7 +278,7 @@ def test_retry_after_is_kept_and_costs_nothing(server: ChatServer, tmp_path: Pat
 
 def test_what_may_have_been_paid_for_counts(server: ChatServer, tmp_path: Path) -> None:
     server.faults.extend(["hang", "cut"])
-    _, tokens = _ask(server, tmp_path, request_s=0.3, max_tokens=100)
+    _, tokens = _ask(server, tmp_path, request_s=1.5, max_tokens=100)
     assert tokens[1] == 20 + 2 * 100 and tokens[0] > 2 * server.paid[0][0]
     assert Spending(tmp_path, Prices(), Budget()).tokens == tokens
 

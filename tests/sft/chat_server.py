@@ -35,6 +35,7 @@ class ChatServer:
       faults: what becomes of the next requests, once each: "429", "500", "cut", "hang", "garbage",
         "empty", "drip", "huge", or ("status", 401, "text").
       requests: (time, body) of all that were well-formed; broken: what was wrong with others.
+      tools: names of those that every request must offer.
       paid: (prompt, completion) tokens of every whole answer that was sent.
     """
 
@@ -44,6 +45,7 @@ class ChatServer:
         self.broken: list[str] = []
         self.paid: list[tuple[int, int]] = []
         self.finish_reason, self.delay = "tool_calls", 0.0
+        self.tools = ["view", "search", "edit", "run_tests", "submit"]
         self._act, self._key, self._lock = act, key, threading.Lock()
         self._closing = threading.Event()
         server = self
@@ -70,7 +72,7 @@ class ChatServer:
 
     def _post(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
-        wrong = _wrong(body)
+        wrong = _wrong(body, self.tools)
         if self._key and handler.headers["authorization"] != f"Bearer {self._key}":
             wrong = f"wrong key {handler.headers['authorization']}"
         with self._lock:
@@ -127,12 +129,12 @@ def _send(
     handler.wfile.write(body)
 
 
-def _wrong(body: dict[str, Any]) -> str:
+def _wrong(body: dict[str, Any], tools: list[str]) -> str:
     """What a strict server would refuse a request for; "" if nothing."""
     if not body.get("model") or body.get("max_tokens", 0) <= 0 or "temperature" not in body:
         return "model, max_tokens and temperature are needed"
     names = [tool["function"]["name"] for tool in body["tools"]]
-    if names != ["view", "search", "edit", "run_tests", "submit"]:
+    if names != tools:
         return f"tools {names}"
     roles = [message["role"] for message in body["messages"]]
     if roles[:2] != ["system", "user"] or roles[-1] not in ("user", "tool"):
