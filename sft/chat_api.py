@@ -95,18 +95,20 @@ def read_answer(data: Any) -> Answer:
     if not isinstance(message, dict):
         raise BadAnswer(f"no message: {str(choices[0])[:200]}")
     content = _text(message.get("content"), "content")
-    thought = _text(message.get("reasoning_content", message.get("reasoning")), "reasoning")
+    thought = _text(message.get("reasoning_content") or message.get("reasoning"), "reasoning")
+    if len(content) + len(thought) > MAX_CHARS:
+        raise BadAnswer(f"more than {MAX_CHARS} characters in one turn")
     calls = _calls(message.get("tool_calls"))
     if not calls and "<tool_call>" in content:
         # the server has no parser for the model's own markup
-        found = parse_calls(content)
-        calls = [call for call in found if isinstance(call, ToolCall)]
+        found = [call for call in parse_calls(content) if isinstance(call, ToolCall)]
+        if len(found) > MAX_CALLS:
+            raise BadAnswer(f"more than {MAX_CALLS} calls in one turn")
+        calls = [_writable(call) for call in found]
         content = content.partition("<tool_call>")[0]
     if "</think>" in content:
         inside, _, content = content.rpartition("</think>")
         thought = thought or inside
-    if len(content) + len(thought) > MAX_CHARS:
-        raise BadAnswer(f"more than {MAX_CHARS} characters in one turn")
     return Answer(tuple(calls), _clean(content), _clean(thought), reason != "length", _usage(data))
 
 
@@ -124,8 +126,9 @@ def _whole(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """`text` without the markers of a turn: said in passing, they would be read as one."""
-    return _MARKERS.sub("", text).strip()
+    """`text` without the markers of a turn: said in passing, they would be read as one. A space in
+    place of each, or what stands around it could become one."""
+    return _MARKERS.sub(" ", text).strip()
 
 
 def _calls(value: Any) -> list[ToolCall | str]:
@@ -146,16 +149,38 @@ def _call(entry: Any) -> ToolCall | str:
     try:
         text = _whole(given if isinstance(given, str) else json.dumps(given, ensure_ascii=False))
         arguments = json.loads(text or "{}", strict=False)
-        inside = call_text(ToolCall(name, arguments)) if isinstance(arguments, dict) else ""
     except (ValueError, RecursionError):
-        arguments, inside = None, ""
+        arguments = None
     if len(text) > MAX_CHARS:
         raise BadAnswer(f"more than {MAX_CHARS} characters in one turn")
-    if _MARKERS.search(inside) or inside != _whole(inside):
-        return f'{{"name": "{name}", "arguments": "left out: not to be written in a chat"}}'
-    if inside:
-        return ToolCall(name, arguments)
-    return _MARKERS.sub("", f'{{"name": "{name}", "arguments": {text}}}')
+    if isinstance(arguments, dict):
+        return _writable(ToolCall(name, arguments))
+    return _clean(f'{{"name": "{name}", "arguments": {text}}}')
+
+
+def _writable(call: ToolCall) -> ToolCall | str:
+    """The call, if the text of a turn can hold it and be read back as it; else text that says so.
+
+    Its arguments may be escapes of what that text may not hold as it is: a marker of a turn, or a
+    lone surrogate.
+    """
+    try:
+        inside = call_text(call)
+        same = parse_calls(f"<tool_call>{inside}</tool_call>") == [call]
+    except (ValueError, RecursionError):
+        inside, same = "", False
+    if (
+        same
+        and len(call.name) <= MAX_NAME
+        and len(inside) <= MAX_CHARS
+        and inside == _whole(inside)
+        and not _MARKERS.search(inside)
+    ):
+        return call
+    name = _clean(_whole(call.name)[:MAX_NAME])
+    return json.dumps(
+        {"name": name, "arguments": "left out: not to be written in a chat"}, ensure_ascii=False
+    )
 
 
 def _usage(data: Mapping[str, Any]) -> tuple[int, int] | None:
