@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     import httpx2
 
 MAX_BODY = 8 << 20  # bytes of an answer
+# how servers say that it is this conversation which they will not go on with
+_DECLINED = (
+    *(b"context_length", b"context length", b"context size", b"maximum context"),
+    *(b"content_filter", b"content management"),
+)
 _RESERVED = ("model", "messages", "tools", "n", "stream", "seed", "temperature")
 
 
@@ -73,8 +78,12 @@ class _Again(Exception):
 
 def check_endpoint(config: EndpointConfig) -> None:
     """Raises InputError for a config that cannot work, before anything is sent."""
-    url = urlsplit(config.base_url)
-    if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:
+    if "@" in config.base_url:  # what stands before it may be a password: not to be repeated
+        raise InputError(
+            "teach.endpoint.base_url: expected http(s)://HOST/v1, without a user or password; "
+            "keys go into the variable that teach.endpoint.api_key_env names"
+        )
+    if not _usable(config.base_url):
         raise InputError(
             f"teach.endpoint.base_url: expected http(s)://HOST/v1, got {config.base_url!r}"
         )
@@ -94,11 +103,30 @@ def check_endpoint(config: EndpointConfig) -> None:
         raise InputError(f"teach.endpoint.extra may not set {', '.join(taken)}")
 
 
+def _usable(base_url: str) -> bool:
+    import httpx2
+
+    try:
+        url = urlsplit(base_url)
+        httpx2.URL(base_url)  # stricter than the former about what a host may be
+        sound = url.port != 0 and bool(url.hostname)  # the former raises above 65535
+    except (ValueError, httpx2.InvalidURL):
+        return False
+    whole = base_url.isprintable() and " " not in base_url
+    known = url.scheme in ("http", "https")
+    return known and sound and whole and not url.query and not url.fragment
+
+
 def endpoint_key(config: EndpointConfig) -> str:
-    """The key, or "" where none is to be sent. Raises InputError if it is not set."""
+    """The key, or "" where none is to be sent. Raises InputError if it is not set, or none."""
     key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else ""
     if config.api_key_env and not key:
         raise InputError(f"teach.endpoint.api_key_env: ${config.api_key_env} is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"teach.endpoint.api_key_env: ${config.api_key_env} holds what no header can: only "
+            "printable ASCII may stand in a key"
+        )
     return key
 
 
@@ -214,9 +242,9 @@ class Endpoint:
                 f"{self._url}: no answer within {self.config.request_s:g} s", paid=True
             ) from None
         except httpx2.ConnectError as error:
-            raise _Again(f"{self._url}: cannot connect: {error}") from None
+            raise _Again(self._safe(f"{self._url}: cannot connect: {error}")) from None
         except httpx2.HTTPError as error:
-            why = f"{self._url}: {type(error).__name__}: {error}"
+            why = self._safe(f"{self._url}: {type(error).__name__}: {error}")
             raise _Again(why, paid=True) from None
         if status != 200:
             raise self._refusal(status, text, after)
@@ -225,16 +253,18 @@ class Endpoint:
         except (BadAnswer, ValueError, RecursionError) as error:
             what = str(error) if isinstance(error, BadAnswer) else "no JSON, or cut off"
             raise _Again(self._safe(f"{self._url}: {what}"), paid=True) from None
-        except Declined as error:
-            raise _Closed(error, (len(body) // 2, 0)) from None
+        except Declined as error:  # after it had begun to answer
+            raise _Closed(error, (len(body) // 2, self.config.max_tokens)) from None
 
     def _refusal(self, status: int, text: bytes, after: str) -> Exception:
         """What an answer that is none means: again, later; not this conversation; or not us."""
         said = " ".join(text[:300].decode("utf-8", "replace").split())
         why = self._safe(f"{self._url}: HTTP {status}: {said}")
         if status in (408, 409, 425, 429) or status >= 500:
-            return _Again(why, _seconds(after))
-        if status in (400, 413, 422) and (b"context" in text or b"content" in text):
+            # where it ran out of time the model may have answered
+            return _Again(why, _seconds(after), paid=status in (408, 502, 504))
+        declined = any(sign in text.lower() for sign in _DECLINED)
+        if status in (400, 413, 422) and declined:
             return _Closed(Declined(why), None)
         return _Closed(InputError(why), None)
 

@@ -23,7 +23,7 @@ from rl.agent import AgentConfig, _sample
 from rl.endpoint import EndpointPolicy
 from sandbox.agent_tools import TOOLS, ToolCall
 from sft.chat import Renderer
-from sft.chat_api import opening
+from sft.chat_api import Declined, opening
 from sft.endpoint import Endpoint, EndpointConfig, OutOfBudget
 from sft.spending import Budget, Prices, Spending
 from sft.trajectory import FORCED, Trajectory, load
@@ -230,6 +230,12 @@ def test_it_is_offered_the_tools_of_the_environment(server: ChatServer) -> None:
     [
         ("teach.endpoint.api_key_env=NO_SUCH", r"\$NO_SUCH is not set"),
         ("teach.endpoint.base_url=ftp://x", "expected http"),
+        ("teach.endpoint.base_url=https://:hush@host/v1", "without a user or password"),
+        ("teach.endpoint.base_url=https://hush@host/v1", "without a user or password"),
+        ("teach.endpoint.base_url=http://host:99999/v1", "expected http"),
+        ("teach.endpoint.base_url='http://[::1/v1'", "expected http"),
+        ("teach.endpoint.base_url='http://a b/v1'", "expected http"),
+        ("teach.endpoint.api_key_env=ODD_KEY", "printable ASCII"),
         ("teach.endpoint.model=''", "model is needed"),
         ("teach.endpoint.budget={usd: 1.0}", "needs teach.endpoint.prices"),
         ("teach.endpoint.extra={seed: 1}", "may not set seed"),
@@ -237,10 +243,16 @@ def test_it_is_offered_the_tools_of_the_environment(server: ChatServer) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    server: ChatServer, capsys: pytest.CaptureFixture[str], override: str, message: str
+    server: ChatServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    message: str,
 ) -> None:
+    monkeypatch.setenv("ODD_KEY", "hush\nclé")
     assert cli.main(teach("refused", server, override)) == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "hush" not in error
     assert not Path("refused").exists() and not server.requests
 
 
@@ -281,6 +293,20 @@ def test_what_may_have_been_paid_for_counts(server: ChatServer, tmp_path: Path) 
     _, tokens = _ask(server, tmp_path, request_s=1.5, max_tokens=100)
     assert tokens[1] == 20 + 2 * 100 and tokens[0] > 2 * server.paid[0][0]
     assert Spending(tmp_path, Prices(), Budget()).tokens == tokens
+
+
+def test_only_this_conversation_is_given_up(server: ChatServer, tmp_path: Path) -> None:
+    server.faults.append(("status", 400, "This model's maximum context length is 8192 tokens"))
+    with pytest.raises(Declined):
+        _ask(server, tmp_path)
+    server.faults.append(("status", 400, "content-type: expected something else"))
+    with pytest.raises(InputError, match="content-type"):
+        _ask(server, tmp_path)
+    assert Spending(tmp_path, Prices(), Budget()).tokens == (0, 0)
+    server.finish_reason = "content_filter"
+    with pytest.raises(Declined):
+        _ask(server, tmp_path, max_tokens=100)
+    assert Spending(tmp_path, Prices(), Budget()).tokens[1] == 100
 
 
 def test_it_gives_up_in_one_line(server: ChatServer, tmp_path: Path) -> None:
