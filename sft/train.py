@@ -126,6 +126,7 @@ async def sft_loop(
     Raises:
       InputError: no examples, one that does not fit a row, or losses that stay above the guard.
       Preempted: a host was told to stop; there is a checkpoint of the last update.
+      CancelledError: it was cancelled, as by Ctrl-C; it goes on from the checkpoint before.
     """
     if not data:
         raise InputError(
@@ -185,6 +186,7 @@ async def sft_loop(
             if stop:
                 checkpoints.close()
                 raise Preempted(f"SFT has saved update {done} of {len(order)}")
+            await asyncio.sleep(0)  # a Ctrl-C cancels this task, which takes effect here
             began = time.monotonic()
     best = checkpoints.best() if rules.best and validation is not None else None
     if best is not None and best != int(state.step):
