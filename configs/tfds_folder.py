@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+
+
+def free_place(folder: Path, name: str, version: str) -> Path:
+    """Where `write_tfds` would write. Raises InputError if there is such a dataset already, and
+    ModuleNotFoundError where TFDS is not installed: before the work that the rows are."""
+    importlib.import_module("tensorflow_datasets")
+    path = folder / name / version
+    if path.exists():
+        raise InputError(f"{path} is a dataset already: choose another folder, or delete it")
+    return path
 
 
 def write_tfds(
@@ -28,9 +39,7 @@ def write_tfds(
     """
     import tensorflow_datasets as tfds
 
-    path = folder / name / version
-    if path.exists():
-        raise InputError(f"{path} is a dataset already: choose another folder, or delete it")
+    path = free_place(folder, name, version)
     dataset, release = name, version
 
     class Builder(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
+from configs.errors import InputError
 from model.hosts import agree, host_count, host_index
 from sft.filters import FilterConfig, HeldOut, likeness, reason
 from sft.packing import Example
@@ -76,14 +77,20 @@ class Examples(Sequence[Example]):
         return [kept.size for kept in self._kept]
 
     def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
-        """(to learn from, to hold back): whole tasks, `share` of them and at least one, drawn by
-        `seed` and the names alone."""
+        """(to learn from, to hold back): whole tasks, `share` of them and at least one of each,
+        drawn by `seed` and the names alone. Raises InputError where there is but one task."""
         tasks = {kept.task for kept in self._kept}
+        if share and len(tasks) == 1:
+            raise InputError(
+                f"all that there is to learn from is of one task, {tasks.pop()}: with "
+                "sft.validation.share it would be held back; set that to 0, or teach more tasks"
+            )
 
         def draw(task: str) -> bytes:
             return hashlib.sha256(f"{seed}\0{task}".encode("utf-8", "surrogatepass")).digest()
 
-        held = set(sorted(tasks, key=draw)[: max(1, round(share * len(tasks))) if share else 0])
+        count = min(max(1, round(share * len(tasks))), len(tasks) - 1) if share and tasks else 0
+        held = set(sorted(tasks, key=draw)[:count])
         return self._only(tasks - held), self._only(held)
 
     def _only(self, tasks: set[str]) -> Examples:

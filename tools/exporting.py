@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.tfds_folder import write_tfds
+from configs.tfds_folder import free_place, write_tfds
 from sandbox.image_task import ImageTask
 from sandbox.task import Task, load_tasks, save_whole
 from sandbox.task_index import NAMED
@@ -44,9 +43,7 @@ def add_export(verbs: Any) -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     place = options.out / NAME / VERSION
     if options.to == "tfds":
-        importlib.import_module("tensorflow_datasets")  # where it is missing, say so at once
-        if place.exists():
-            raise InputError(f"{place} is a dataset already: choose another --out, or delete it")
+        free_place(options.out, NAME, VERSION)
     with progress("tasks") as report:
         tasks = load_tasks(
             options.index, options.split, options.limit, lambda done, total: report(done, total, "")

@@ -168,6 +168,16 @@ def check(config: RunConfig, rl: bool) -> None:
             "sft.validation.patience and best go by losses on what is held back: set "
             "sft.validation.share, 0.1 say, and every"
         )
+    for name in ("every", "patience", "min_gain", "best", "success_every"):
+        if not getattr(validation, name) >= 0:
+            raise InputError(f"sft.validation.{name} may not be below 0")
+    if validation.success_tasks < 1:
+        raise InputError("sft.validation.success_tasks must be at least 1")
+    spikes = config.sft.spikes
+    if spikes.factor and not (spikes.factor > 1 and spikes.window >= 1 and spikes.stop >= 1):
+        raise InputError(
+            "sft.spikes: factor must be above 1, or 0 for no guard, window and stop at least 1"
+        )
     sandbox = config.sandbox
     if sandbox.backend != "docker" and (sandbox.hosts or sandbox.container != ContainerConfig()):
         raise InputError("sandbox.hosts and sandbox.container are for sandbox.backend=docker alone")

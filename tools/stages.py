@@ -64,6 +64,11 @@ def _stage(verb: str, argv: list[str], **extra: Any) -> int:
     config = load(RunConfig, args.config, args.overrides)
 
     def work() -> int:
+        if verb == "teach" and args.dataset is not None:
+            from configs.tfds_folder import free_place
+            from sft.dataset import NAME, VERSION
+
+            free_place(args.dataset, NAME, VERSION)  # refused before anything is taught
         outcome = asyncio.run(_run(verb, config, args))
         lines = (f"{k}: {v}" for k, v in outcome.items())
         print(json.dumps(outcome) if args.json else "\n".join(lines))

@@ -142,6 +142,8 @@ def test_sft_on_the_dataset_is_sft_on_the_episodes(
         == outcome["kept"]
         < len(load(Path("one/trajectories/teacher.jsonl")))
     )
+    assert cli.main([*teach[:3], "four", *teach[4:]]) == 2 and not Path("four").exists()
+    assert "is a dataset already" in capsys.readouterr().err
     published = ["teach.teacher=dataset", "teach.dataset=data"]
     assert cli.main(["sft", "run.yaml", "--out", "one", *short]) == 0
     assert cli.main(["sft", "run.yaml", "--out", "two", *short, *published]) == 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import asyncio
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from sft.examples import Examples
 from sft.learner import Learner, OptimizerConfig, nll
 from sft.packing import Example, microbatches, pack
 from sft.teacher import RUN, SUBMIT, VIEW
-from sft.train import SFTConfig, train_sft
+from sft.train import SFTConfig, sft_loop, train_sft
 from sft.trajectory import ENVIRONMENT, POLICY, Trajectory, Turn
 from tests.runs import Compilations, steps_of
 
@@ -116,6 +117,34 @@ def test_the_seed_decides_the_order_and_all_is_compiled_by_the_second_update(
         assert compiled.after(2) == 0
         losses.append([line["sft/loss"] for line in steps_of(tmp_path / str(seed))])
     assert losses[0] != losses[1]
+
+
+def test_a_ctrl_c_ends_it_after_the_update_under_way(tmp_path: Path) -> None:
+    """What asyncio makes of the first one: the task is cancelled."""
+    done: list[int] = []
+
+    async def go() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def on_step(step: int, *_: object) -> None:
+            done.append(step)
+            task.cancel()
+
+        start = init(MODEL, jax.random.key(0))
+        await sft_loop(CONFIG, MODEL, start, data(), tmp_path, seed=0, on_step=on_step)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(go())
+    assert done == [1]
+
+
+def test_a_single_task_cannot_be_shared_out(tokenizer: Tokenizer) -> None:
+    one = _trajectory(Renderer(tokenizer), [[VIEW]], "pass")
+    with pytest.raises(InputError, match="of one task, t: "):
+        Examples([one]).split(0.1, 0)
+    two = replace(one, task="u")
+    assert [len(part) for part in Examples([one, two]).split(0.9, 0)] == [1, 1]
 
 
 def test_nothing_to_train_on_is_refused_before_anything_is_written(tmp_path: Path) -> None:
