@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +119,17 @@ _maker: StepRows | None = None  # of this process, where it is a worker
 
 def _start(config: RowsConfig, mix: MixConfig, functions: Path, tokenizer: Path, seed: int) -> None:
     global _maker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the learner's process ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     renderer = Renderer(Tokenizer.load(tokenizer))
     _maker = StepRows(config, mix, read_functions(functions), renderer, seed)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and its workers would wait for ever."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _rows(step: int) -> Rows:
@@ -125,9 +137,13 @@ def _rows(step: int) -> Rows:
     return _maker.of(step)
 
 
-def write_functions(path: Path, functions: Sequence[Function]) -> None:
-    """Write them as gzipped JSON lines, whole or not at all."""
-    text = "".join(
+def write_functions(
+    path: Path, functions: Sequence[Function], libraries: Sequence[str] = ()
+) -> None:
+    """Write them as gzipped JSON lines, whole or not at all, behind a line of the libraries that
+    they are from."""
+    text = json.dumps({"libraries": sorted(libraries)}) + "\n"
+    text += "".join(
         json.dumps([f.module, f.name, f.line, f.lines, [_bug(bug) for bug in f.bugs]]) + "\n"
         for f in functions
     )
@@ -138,10 +154,17 @@ def _bug(bug: Edit) -> list:
     return [bug.line, bug.end_line, bug.old, bug.new, bug.operator]
 
 
-def read_functions(path: Path) -> list[Function]:
-    """What `write_functions` wrote. Raises InputError for a damaged file."""
+def read_functions(path: Path, libraries: Sequence[str] | None = None) -> list[Function]:
+    """What `write_functions` wrote. Raises InputError for a damaged file, and for one of other
+    `libraries` than these."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
+            of = json.loads(file.readline())["libraries"]
+            if libraries is not None and of != sorted(libraries):
+                raise InputError(
+                    f"{path} was read from the libraries {', '.join(of) or '(none)'}: choose "
+                    "another --out, or delete that folder"
+                )
             return [_function(*json.loads(line)) for line in file]
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}: remove it and start again") from None

@@ -91,9 +91,9 @@ def _functions_once(path: Path, libraries: Sequence[str]) -> list:
     from sft.pretrain_rows import read_functions, write_functions
 
     if path.exists():
-        return read_functions(path)
+        return read_functions(path, libraries)
     found = _functions(libraries)
-    write_functions(path, found)
+    write_functions(path, found, libraries)
     return found
 
 

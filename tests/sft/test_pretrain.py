@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.errors import InputError
 from model.qwen3 import init
 from model.tokenizer import Tokenizer
 from sft.chat import Renderer
@@ -72,7 +73,10 @@ def test_rows_made_ahead_by_other_processes_are_those_made_in_turn(
 ) -> None:
     config, mix = RowsConfig(batch_rows=2, row_tokens=384, row_targets=192, workers=2), MixConfig()
     tokenizer.save(tmp_path / "tokenizer")
-    write_functions(tmp_path / "functions.gz", FUNCTIONS)
+    write_functions(tmp_path / "functions.gz", FUNCTIONS, ["b", "a"])
+    assert read_functions(tmp_path / "functions.gz", ["a", "b"]) == FUNCTIONS
+    with pytest.raises(InputError, match="from the libraries a, b: "):
+        read_functions(tmp_path / "functions.gz", ["a"])
     assert read_functions(tmp_path / "functions.gz") == FUNCTIONS
     ahead = RowsAhead(config, mix, tmp_path / "functions.gz", tmp_path / "tokenizer", 3)
     in_turn = StepRows(config, mix, FUNCTIONS, Renderer(tokenizer), 3)
