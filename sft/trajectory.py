@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, overload
 
 from configs.errors import InputError
-from configs.files import read_jsonl, read_record, write_atomic
+from configs.files import read_jsonl, read_record, write_jsonl
 from sandbox.environments import Environment, other
 
 # Who wrote a token; the policy also writes what is then not carried out, and carries no loss.
@@ -122,7 +121,7 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
 
 def save(path: Path, trajectories: Iterable[Trajectory]) -> None:
     """Write a whole file of trajectories, atomically."""
-    write_atomic(path, "".join(json.dumps(to_record(t)) + "\n" for t in trajectories))
+    write_jsonl(path, map(to_record, trajectories))
 
 
 def load(path: Path) -> list[Trajectory]:

@@ -28,6 +28,10 @@ def test_nothing_verified_is_nothing_to_measure(
     assert "holds no verified episode" in capsys.readouterr().err
     assert cli.main([*SMALL, "--rounds", "0"]) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
+    assert cli.main([*SMALL, "--row-targets", "-1"]) == 2
+    assert "--row-targets may not be below 0" in capsys.readouterr().err
+    assert cli.main([*SMALL, "--trajectories", str(tmp_path / "none.jsonl")]) == 2
+    assert "there is no file" in capsys.readouterr().err
 
 
 @pytest.mark.service

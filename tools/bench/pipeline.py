@@ -79,6 +79,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in ("episodes", "rounds", "updates", "row_tokens", "batch_rows", "microbatch"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if options.row_targets < 0:
+        raise InputError("--row-targets may not be below 0; 0: a slot for every token")
+    if options.trajectories is not None and not options.trajectories.is_file():
+        raise InputError(f"--trajectories: there is no file {options.trajectories}")
     return options
 
 
