@@ -244,7 +244,8 @@ def load_tasks(
 
     path = Path(index)
     if str(index) not in INDEX_NAMES and path.is_dir():
-        folders = sorted(file.parent for file in path.glob("*/task.toml"))
+        # what save_whole did not end writing lies in a folder with a dot
+        folders = sorted(file.parent for file in path.glob("[!.]*/task.toml"))
         if not folders:
             raise InputError(f"{path}: no task directories in it")
         tasks = [Task.load(folder) for folder in folders]

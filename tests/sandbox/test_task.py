@@ -124,6 +124,12 @@ def test_a_task_directory_needs_neither_cache_nor_index(
     assert Task.load(folder).tree().root.is_dir()
 
 
+def test_what_a_killed_save_left_is_no_task(task: Task, folder: Path) -> None:
+    shutil.copytree(folder, folder.parent / f".{folder.name}.ab12")
+    (folder.parent / f".{folder.name}.ab12" / "tests" / "tests.json").unlink()
+    assert load_tasks(folder.parent) == [task]
+
+
 def test_the_directory_is_what_harbor_expects(task: Task, folder: Path) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {
