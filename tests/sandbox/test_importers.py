@@ -263,6 +263,43 @@ def test_rows_without_a_tree_say_which_image_they_need(
     )
 
 
+def test_an_image_with_its_tests_in_it_keeps_neither_the_answer_nor_edited_tests(
+    repository: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, _, fixed = repository
+    put(folder, {TESTS: NEW_TESTS})
+    source = rows(tmp_path / "rows.jsonl", swe_smith(fixed))
+    _, answer, _ = run(capsys, "import", source, "--out", tmp_path / "tasks")
+    made = tmp_path / "tasks" / answer["tasks"][0]
+
+    def bash(script: str) -> None:
+        subprocess.run(["bash", "-ec", script], cwd=folder, check=True)
+
+    copy = tmp_path / "bug.patch"
+    shutil.copy(made / "environment/bug.patch", copy)
+    command = (made / "environment/Dockerfile").read_text().partition("RUN ")[2]
+    bash(command.replace("/tmp/bug.patch", str(copy)))
+    assert (folder / MODULE).read_text() == BUGGY and not copy.exists()
+    assert git(folder, "status", "--porcelain") == ""
+    assert git(folder, "log", "--all", "--format=%s") == "start"
+
+    put(folder, {TESTS: "def test_two():\n    pass\n", MODULE: FIXED})
+    git(folder, "commit", "-qam", "all is well")
+    script = (made / "tests/test.sh").read_text()
+    loop = script[script.index("for path in") : script.index("cp -a")]
+    bash(loop)
+    assert (folder / TESTS).read_text() == NEW_TESTS and (folder / MODULE).read_text() == FIXED
+
+
+@pytest.mark.parametrize("image", ["x\nRUN true", "-x", "x y"])
+def test_an_images_name_adds_no_line_to_its_dockerfile(
+    image: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = rows(tmp_path / "rows.jsonl", swe_smith("0" * 40, image_name=image))
+    code, _, err = run(capsys, "import", source, "--out", tmp_path / "tasks")
+    assert code == 2 and "no container image's name" in err
+
+
 BAD = {
     "FAIL_TO_PASS is missing": {"FAIL_TO_PASS": None},
     "FAIL_TO_PASS is empty": {"FAIL_TO_PASS": "[]"},
