@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sandbox.checks import test_places as places_of
 from sandbox.image_task import ImageTask
 from sandbox.importers import quixbugs as importer
 from sandbox.importers.carried import read_commit, read_folder
@@ -169,6 +170,8 @@ def test_rows_with_their_repository_run_here(
         assert task.licence == "MIT" and "forgets the first number" in task.instruction
         assert task.gold_patch == diff(MODULE, BUGGY, FIXED)
         assert "[ISSUE]" not in task.instruction
+        # in full the whole suite counts, beyond the row's own files
+        assert "tests" in places_of(task, task.tree().root)
     assert tasks["swe-bench"].fail_to_pass == (f"{TESTS}::TestSum::test_two",)
     assert tasks["r2e"].fail_to_pass == ("r2e_tests/test_1.py::TestSum::test_two",)
     assert tasks["r2e"].pass_to_pass == ("r2e_tests/test_1.py::test_empty",)
