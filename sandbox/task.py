@@ -195,7 +195,8 @@ class Task:
         Raises InputError, naming the file, when one is missing or says something impossible.
         """
         config = read_toml(folder / "task.toml")
-        facts = config.get("metadata", {}).get("remend")
+        metadata = config.get("metadata")
+        facts = metadata.get("remend") if isinstance(metadata, dict) else None
         if not isinstance(facts, dict):
             raise InputError(
                 f"{folder / 'task.toml'}: no [metadata.remend] section: "

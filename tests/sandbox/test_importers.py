@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -303,6 +304,39 @@ def test_an_images_name_adds_no_line_to_its_dockerfile(
     assert code == 2 and "no container image's name" in err
 
 
+def test_text_that_utf8_cannot_carry_is_refused_and_such_a_files_name_is_carried(
+    repository: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, buggy, _ = repository
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "three")
+    shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns(".git"))
+    put(tmp_path / "plain", {MODULE: BUGGY})
+    good, bad = swe_bench(buggy), swe_bench(buggy, instance_id="b", problem_statement="\ud800")
+    source = rows(tmp_path / "rows.jsonl", good, bad)
+    for number, tree in enumerate(([], ["--repo-dir", tmp_path / "plain"])):
+        out = tmp_path / f"tasks{number}"
+        code, answer, _ = run(capsys, "import", source, "--out", out, *tree)
+        assert (code, answer["imported"]) == (1, 1)
+        assert "UTF-8 cannot carry" in answer["refused"][f"{source}:2"]
+        assert [path.name for path in out.iterdir()] == answer["tasks"]
+    assert (load_tasks(out)[0].tree().root / os.fsdecode(b"caf\xe9.txt")).read_text() == "x"
+
+
+def test_a_folder_of_other_repositories_is_no_tree(
+    repository: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, buggy, _ = repository
+    shutil.copytree(folder, tmp_path / "r/other")
+    source = rows(tmp_path / "rows.jsonl", swe_bench(buggy))
+    where = ("--out", tmp_path / "tasks", "--repo-dir", tmp_path / "r")
+    code, _, err = run(capsys, "import", source, *where)
+    assert code == 2 and "holds no acme__calc" in err
+    (tmp_path / "r/other").rename(tmp_path / "r/acme__calc")
+    assert run(capsys, "import", source, *where)[0] == 0
+
+
 BAD = {
     "FAIL_TO_PASS is missing": {"FAIL_TO_PASS": None},
     "FAIL_TO_PASS is empty": {"FAIL_TO_PASS": "[]"},
@@ -576,6 +610,7 @@ def test_a_foreign_task_of_several_steps_tells_them_in_order(
         (lambda f: (f / "task.toml").write_text("a = [\n"), "task.toml"),
         (lambda f: (f / "task.toml").write_text(TOML.replace("acme/", "")), "ORGANISATION/NAME"),
         (lambda f: (f / "task.toml").write_text("metadata = {a = 1}\n"), "takes no"),
+        (lambda f: (f / "task.toml").write_text("steps = 3\n" + TOML), "steps is no list"),
         (lambda f: (f / "tests/x").symlink_to("/etc/passwd"), "neither a file nor a folder"),
     ],
 )

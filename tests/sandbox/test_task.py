@@ -190,6 +190,8 @@ def replace_archive(folder: Path) -> None:
         (rewrite("task.toml", MODULE, "../../etc/passwd"), "leads out"),
         (rewrite("task.toml", 'licence = "MIT"', "licence = 7"), "licence"),
         (rewrite("task.toml", 'split = "train"', 'split = "train"\nextra = "x"'), "extra"),
+        (rewrite("task.toml", "licence =", 'origin = "image"\nlicence ='), "name of an image"),
+        (lambda folder: (folder / "task.toml").write_text("metadata = 3\n"), "metadata.remend"),
         (rewrite("task.toml", '"setup.cfg"', '"src/*"'), "is protected"),
         (rewrite("tests/tests.json", "{", "["), "tests.json"),
         (rewrite("tests/tests.json", "tests/test_sums.py::test_total", ""), "fail_to_pass"),
