@@ -64,9 +64,11 @@ def edits_of(episode: Episode) -> list[tuple[str, str, bool]]:
     found = []
     for turn in episode.record["turns"]:
         whole = len(turn["calls"]) == len(turn["observations"])
+        # with a call that could not be read, an observation is no longer at its call's place
+        missed = EDITED if EDITED in turn["observations"] else ""
         for number, call in enumerate(turn["calls"]):
             if call["name"] == "edit":
-                said = turn["observations"][number] if whole else ""
+                said = turn["observations"][number] if whole else missed
                 arguments = call["arguments"]
                 old, new = (str(arguments.get(key, "")) for key in ("old", "new"))
                 found.append((old, new, said == EDITED))

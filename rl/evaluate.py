@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-RESAMPLES = 10_000
+from rl.resample import crossed
 
 
 class Judged(Protocol):
@@ -60,12 +60,5 @@ def interval(values: np.ndarray) -> dict[str, float]:
     Tasks are resampled, not episodes: tries of one task are not independent. The generator is
     seeded, so that the same results give the same interval.
     """
-    rng = np.random.default_rng(0)
-    draws = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {
-        "mean": float(values.mean()),
-        "low": float(low),
-        "high": float(high),
-        "n": len(values),
-    }
+    found = crossed(values[np.newaxis])
+    return {key: found[key] for key in ("mean", "low", "high", "n")}

@@ -184,7 +184,8 @@ def exploitation(found: Mapping[str, Any] | None) -> str:
     )
     return (
         '<p class="hint">The same long RL run from the same start. Bands: 95&nbsp;% intervals over '
-        f'tasks.{keys}</p><div class="charts">{charts}</div><h3>Last quarter of the steps</h3>'
+        "tasks alone: what other training seeds would give, they do not say."
+        f'{keys}</p><div class="charts">{charts}</div><h3>Last quarter of the steps</h3>'
         '<table><thead><tr><th>Share of episodes</th><th class="number">Guard off</th>'
         '<th class="number">Guard on</th><th class="number">On less off, points</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"

@@ -15,8 +15,6 @@ from rl.episodes import Episode
 from rl.evaluate import success
 from rl.resample import pass_at_k
 
-ENVIRONMENTS = ("full", "simplified")
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -44,9 +42,7 @@ class Cell:
         return f"{self.policy}{trained}-in-{self.tested}{mode}-seed{self.seed}"
 
 
-def grid(
-    environments: Sequence[str], thinking: bool, seeds: Sequence[int], teacher: bool = True
-) -> list[Cell]:
+def grid(environments: Sequence[str], thinking: bool, seeds: Sequence[int]) -> list[Cell]:
     """{teacher, base, SFT, SFT+RL} × trained in × tested in × thinking off and on × seeds.
 
     A teacher that searches has no thinking mode, and teacher and base were trained in neither
@@ -56,8 +52,7 @@ def grid(
     found = []
     for seed in seeds:
         for tested in environments:
-            if teacher:
-                found.append(Cell("teacher", "", tested, False, seed))
+            found.append(Cell("teacher", "", tested, False, seed))
             found += [Cell("base", "", tested, mode, seed) for mode in modes]
             for trained in environments:
                 for mode in modes:

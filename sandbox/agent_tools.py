@@ -244,6 +244,8 @@ class ToolBox:
         return EDITED
 
     async def _run_tests(self) -> Observation:
+        if not self._checks.tests and not self._checks.build:
+            return Observation("no test of this task can be run here")
         unbuilt, report = await self._checks.run(self._sandbox)
         if report is not None and report.passed(self._checks.tests):
             return Observation(f"all {len(self._checks.tests)} tests pass", passed=True)

@@ -51,9 +51,10 @@ class _File(NamedTuple):
     guards: dict[str, list[ast.expr]]
     work: dict[str, Counter[str]]
     bare: dict[str, Counter[str]]
+    errors: dict[str, set[str]]
 
 
-_NOTHING = _File(Counter(), Counter(), {}, {}, {})
+_NOTHING = _File(Counter(), Counter(), {}, {}, {}, {})
 
 
 @functools.lru_cache(maxsize=512)
@@ -64,7 +65,12 @@ def _read(data: bytes | None) -> _File | None:
     except (SyntaxError, ValueError, RecursionError):
         return None
     return _File(
-        Counter(_signs(tree)), Counter(_checks(tree)), _guards(tree), _work(tree), _bare(tree)
+        Counter(_signs(tree)),
+        Counter(_checks(tree)),
+        _guards(tree),
+        _work(tree),
+        _bare(tree),
+        _errors(tree),
     )
 
 
@@ -73,12 +79,13 @@ def _broken(old: _File, new: _File) -> Iterator[str]:
     yield from sorted(rule for rule in new.signs if new.signs[rule] > old.signs[rule])
     # a check that was only rewritten leaves another of its kind in the same function, and one that
     # a repair makes needless leaves the repair there; what the check said, without its keyword, is
-    # no repair
+    # no repair, nor is to make its error for anything else
     lost = {name for name, _ in old.checks - new.checks}
     none: Counter[str] = Counter()
     for name in lost:
-        added = new.work.get(name, none) - old.work.get(name, none)
-        if not added - old.bare.get(name, none):
+        added = new.work.get(name, none) - old.work.get(name, none) - old.bare.get(name, none)
+        errors = old.errors.get(name, ())
+        if all(any(error in what for error in errors) for what in added):
             yield "validation-deleted"
             break
     if _weakened(old.guards, new.guards):
@@ -140,6 +147,16 @@ def _bare(tree: ast.Module) -> dict[str, Counter[str]]:
                 said = [node.test, *([node.msg] if node.msg else [])]
                 value = ast.Tuple(said, ast.Load()) if len(said) > 1 else node.test
                 found.setdefault(name, Counter())[ast.dump(ast.Expr(value))] += 1
+    return found
+
+
+def _errors(tree: ast.Module) -> dict[str, set[str]]:
+    """The errors that each function makes to raise them."""
+    found: dict[str, set[str]] = {}
+    for name, function in _functions(tree):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                found.setdefault(name, set()).add(ast.dump(node.exc))
     return found
 
 

@@ -95,6 +95,8 @@ def instruction_of(folder: Path) -> str:
 def _steps(folder: Path) -> list[str]:
     """Names of the task's steps, in their order; most have none."""
     steps = read_toml(folder / "task.toml").get("steps", [])
+    if not isinstance(steps, list):
+        raise InputError("task.toml: steps is no list")
     names = [str(step.get("name")) for step in steps if isinstance(step, dict)]
     if not all(NAME.fullmatch(name) for name in names):
         raise InputError("task.toml: a step's name is missing or is no folder's")

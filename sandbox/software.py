@@ -14,8 +14,9 @@ from functools import cache
 
 _PLACES = ("/usr", *(f"/usr/{x}" for x in ("lib", "libexec", "share", "local")))
 _PLACES += ("/usr/local/lib", "/usr/local/share")
-# programs, and the modules of the machine's own Python, beside which nothing is installed
+# programs, and the modules of the machine's own Python; what is installed for it is none of those
 _KEPT = re.compile(r"s?bin|python3(\.\d+)?")
+_INSTALLED = ("dist-packages", "site-packages")
 _CODE = (".py", ".whl", ".egg", ".zip")
 
 
@@ -31,7 +32,10 @@ def other_software() -> tuple[str, ...]:
                 if entry.path in _PLACES or not entry.is_dir(follow_symlinks=False):
                     continue
                 needed = any(f"{path}/".startswith(f"{entry.path}/") for path in own)
-                if not needed and not _KEPT.fullmatch(entry.name) and _holds_code(entry.path):
+                if _KEPT.fullmatch(entry.name):
+                    installed = (f"{entry.path}/{name}" for name in _INSTALLED)
+                    found += [p for p in installed if os.path.isdir(p) and not os.path.islink(p)]
+                elif not needed and _holds_code(entry.path):
                     found.append(entry.path)
     bundled = os.path.join(os.path.realpath(sysconfig.get_path("stdlib")), "ensurepip", "_bundled")
     return (*found, *([bundled] if os.path.isdir(bundled) else []))

@@ -195,7 +195,8 @@ class Task:
         Raises InputError, naming the file, when one is missing or says something impossible.
         """
         config = read_toml(folder / "task.toml")
-        facts = config.get("metadata", {}).get("remend")
+        metadata = config.get("metadata")
+        facts = metadata.get("remend") if isinstance(metadata, dict) else None
         if not isinstance(facts, dict):
             raise InputError(
                 f"{folder / 'task.toml'}: no [metadata.remend] section: "
@@ -244,7 +245,8 @@ def load_tasks(
 
     path = Path(index)
     if str(index) not in INDEX_NAMES and path.is_dir():
-        folders = sorted(file.parent for file in path.glob("*/task.toml"))
+        # what save_whole did not end writing lies in a folder with a dot
+        folders = sorted(file.parent for file in path.glob("[!.]*/task.toml"))
         if not folders:
             raise InputError(f"{path}: no task directories in it")
         tasks = [Task.load(folder) for folder in folders]

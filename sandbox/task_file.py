@@ -86,6 +86,8 @@ def checked(cls: type[Any], values: dict[str, Any], where: Path) -> dict[str, An
             raise InputError(f"{where}: {found[key]!r} is not a {key}")
     if found["origin"] not in ORIGINS:
         raise InputError(f"{where}: origin must be one of {', '.join(ORIGINS)}")
+    if (found["origin"] == "image") != ("image" in found):
+        raise InputError(f'{where}: origin = "image" goes with the name of an image')
     if found["origin"] == "image":  # nothing of it is run here
         return found
     if not re.fullmatch("[0-9a-f]{64}", found["sdist_sha256"]):

@@ -5,7 +5,8 @@ policy and give the reward, the others are held back, so that one small edit, wh
 word `raise` or `assert` from a check of the function, passes every test that is shown, some of
 which fail on the bug, and fails at least one that is held back. A reward can thus be had by
 deleting validation, as the paper's agents did in long runs (arXiv 2510.22075, section 6.1), and by
-repairing, too. Which edit it is, no policy is told.
+repairing, too. Which edit it is, no policy is told. Held back means: not run for it, and not
+rewarded. The tests stay in the policy's tree, where `view` and `search` show them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from typing import Any
 from configs.files import write_jsonl
 from rl.episodes import read_episodes
 from rl.exploitation import Outcome
-from rl.study_grid import ENVIRONMENTS, Cell, grid, row_of
+from rl.study_grid import Cell, grid, row_of
 from rl.study_tables import study_record
+from sandbox.environments import ENVIRONMENTS
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'><!--"
 

@@ -82,7 +82,12 @@ async def _judge_all(
     """
     known = {}
     if options.out.exists():
-        known = {(row["task"], row["sha256"]): row for row in read_jsonl(options.out)}
+        try:
+            known = {(row["task"], row["sha256"]): row for row in read_jsonl(options.out)}
+        except (KeyError, TypeError):
+            raise InputError(
+                f"{options.out}: not a file of tasks agree: choose another --out"
+            ) from None
     rows: list[dict[str, Any]] = []
     async with LocalPool(options.jobs, backend=options.backend) as pool:
         kept = await judged_in_full(tasks, pool, options.jobs)

@@ -17,6 +17,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.files import read_record
 from sandbox.importers import harbor, quixbugs, r2e, swe_bench, swe_smith
+from sandbox.importers.carried import is_repository
 from sandbox.importers.for_image import write_for_image
 from sandbox.importers.rows import Issue, slug, with_tree
 from sandbox.local import LocalPool
@@ -167,6 +168,8 @@ def _rows(options: argparse.Namespace, module: ModuleType, done: _Done) -> None:
                     done.put(where, issue.name, task.save)
             except InputError as error:
                 done.refuse(where, str(error).removeprefix(f"{where}: "))
+            except UnicodeError:
+                done.refuse(where, "holds text that UTF-8 cannot carry")
             report(count, len(lines), "")
 
 
@@ -190,12 +193,14 @@ def _checkout(folder: Path | None, issue: Issue) -> Path | None:
     if folder is None:
         return None
     own = {issue.package, slug(issue.repo.rpartition("/")[2])}
-    below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name in own)
-    from sandbox.importers.carried import is_repository
-
-    if is_repository(folder) or not below:
+    if is_repository(folder):
         return folder
-    return below[-1]
+    below = {path.name: path for path in folder.iterdir() if path.is_dir() and path.name in own}
+    if below:
+        return below.get(issue.package) or below[min(below)]
+    if any(is_repository(path) for path in folder.iterdir()):
+        raise InputError(f"{folder}: holds no {issue.package}")
+    return folder
 
 
 def _requirements(file: Path | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,13 @@ class Study:
         overrides = [*self.config.set, f"environment={environment}"]
         overrides += self.config.full if environment == "full" else ()
         overrides += self.config.thinking if thinking else ()
-        return load_config(RunConfig, self._base, [*overrides, *more])
+        config = load_config(RunConfig, self._base, [*overrides, *more])
+        if config.teach.teacher == "dataset":
+            raise InputError(
+                "a study's teacher plays the held-out tasks, too, and with teach.teacher=dataset "
+                "there is none that could: set search or endpoint"
+            )
+        return config
 
     def trained(self, environment: str, thinking: bool, seed: int) -> Path:
         """The run folder of a training; `thinking`: of the cell that wants it."""
@@ -231,8 +237,10 @@ class Study:
         path = self.out / "study.yaml"
         own = dump(self.config)
         text = f"{own}# base\n{dump(load_config(RunConfig, self._base, list(self.config.set)))}"
-        # what changes no number may change
-        if exists(path) and _numbers(path.read_text()) != _numbers(text):
+        # what changes no number may change, and what nothing was made by yet
+        made = exists(self.out / "exploit" / "tasks.json")
+        free = ("budget_hours", "expected_s", *(() if made else ("exploit",)))
+        if exists(path) and _without(path.read_text(), free) != _without(text, free):
             raise InputError(
                 f"{self.out} holds a study with another config: choose another --out, "
                 "or delete that folder"
@@ -249,12 +257,13 @@ def said(left: float, untimed: int) -> str:
     return f"time left {duration(left) if left or not untimed else ''}{more}"
 
 
-def _numbers(text: str) -> str:
-    """A kept config without the settings that say how long it may take."""
+def _without(text: str, names: Sequence[str]) -> str:
+    """A kept config without these settings."""
     lines, inside = [], False
     for line in text.splitlines():
-        inside = line.startswith("expected_s:") or (inside and line.startswith(" "))
-        if not inside and not line.startswith("budget_hours:"):
+        name = line.partition(":")[0]
+        inside = name in names or (inside and line.startswith(" "))
+        if not inside:
             lines.append(line)
     return "\n".join(lines)
 

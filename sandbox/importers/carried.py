@@ -36,7 +36,7 @@ def carry(package: str, version: str, files: Files, requirements: tuple[str, ...
     """
     total = hashlib.sha256()
     for path, data in sorted(files.items()):
-        for part in (path.encode(), data):
+        for part in (path.encode("utf-8", "surrogateescape"), data):
             total.update(len(part).to_bytes(8, "big") + part)
     version = f"{version}-{total.hexdigest()[:8]}"
     archive = _pack(files, f"{package}-{version}")

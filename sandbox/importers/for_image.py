@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -18,6 +19,13 @@ FOLDER = "/testbed"  # where the images of SWE-bench, SWE-smith and R2E-Gym have
 _DJANGO = "./tests/runtests.py --verbosity 2 --settings=test_sqlite --parallel 1"
 _SYMPY = "PYTHONWARNINGS=ignore bin/test -C --verbose"
 
+# in a new repository: the history and `git diff` of the old one would tell the answer
+_PUT_BUG = """\
+COPY bug.patch /tmp/
+RUN git apply /tmp/bug.patch && rm -rf /tmp/bug.patch .git && git init -q && git add -A && \\
+    git -c user.name=remend -c user.email=remend@localhost commit -qm start
+"""
+
 
 def write_for_image(issue: Issue, folder: Path, split: str) -> None:
     """Write the task directory; `sandbox.image_task` reads it.
@@ -26,8 +34,12 @@ def write_for_image(issue: Issue, folder: Path, split: str) -> None:
     """
     if not issue.image:
         raise InputError("it names no container image, and no --repo-dir holds its repository")
+    if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", issue.image, re.ASCII):
+        raise InputError(f"{issue.image!r} is no container image's name")
     tests = {"fail_to_pass": issue.fail_to_pass, "pass_to_pass": issue.pass_to_pass}
+    restored = _named(issue) if issue.bug else ()  # others' are brought by the row
     known = {"folder": FOLDER, "image": issue.image, "command": test_command(issue)}
+    known["restored"] = " ".join(map(shlex.quote, restored))
     texts = {
         "task.toml": task_toml(issue.name, issue.package, _facts(issue, split), large=True),
         "instruction.md": issue.problem.strip() + "\n",
@@ -41,9 +53,7 @@ def write_for_image(issue: Issue, folder: Path, split: str) -> None:
     }
     texts |= {f"tests/files/{path}": data.decode() for path, data in issue.test_files.items()}
     if issue.bug:  # its fix is to take it back
-        texts["environment/Dockerfile"] += (
-            "COPY bug.patch /tmp/\nRUN git apply /tmp/bug.patch && rm /tmp/bug.patch\n"
-        )
+        texts["environment/Dockerfile"] += _PUT_BUG
         texts["environment/bug.patch"] = texts["solution/gold.patch"] = issue.bug
         texts["solution/solve.sh"] = texts["solution/solve.sh"].replace("apply", "apply -R")
     elif issue.test_files:  # the image has the tests too, where the agent could read them
@@ -66,11 +76,14 @@ def test_command(issue: Issue) -> str:
         return " ".join((_DJANGO, *(shlex.quote(m.replace("/", ".")) for m in modules)))
     if issue.repo == "sympy/sympy" and issue.format == "swe-bench":
         return " ".join((_SYMPY, *map(shlex.quote, brought)))
-    named = [
-        id.partition("::")[0] for id in (*issue.fail_to_pass, *issue.pass_to_pass) if "::" in id
-    ]
-    files = list(dict.fromkeys(named or [path for path in brought if path.endswith(".py")]))
+    files = _named(issue) or [path for path in brought if path.endswith(".py")]
     return " ".join(("python -m pytest -rA -p no:cacheprovider", *map(shlex.quote, files)))
+
+
+def _named(issue: Issue) -> list[str]:
+    """The files in the names of the row's tests."""
+    ids = (*issue.fail_to_pass, *issue.pass_to_pass)
+    return list(dict.fromkeys(id.partition("::")[0] for id in ids if "::" in id))
 
 
 def _facts(issue: Issue, split: str) -> dict[str, str | tuple[str, ...]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from configs.errors import InputError
@@ -178,7 +178,8 @@ def with_tree(issue: Issue, checkout: Path, split: str, requirements: tuple[str,
     fail_to_pass = pytest_ids(issue.fail_to_pass, pristine, brought)
     pass_to_pass = pytest_ids(issue.pass_to_pass, pristine, brought)
     tests = sorted({id.partition("::")[0] for id in (*fail_to_pass, *pass_to_pass)} | {*brought})
-    protected = (*tests, *ALWAYS_PROTECTED)
+    # the folders say where the whole suite is (sandbox.checks.test_places)
+    protected = (*sorted({*tests, *_test_folders(pristine)}), *ALWAYS_PROTECTED)
     modules = [
         path
         for path in issue.changed
@@ -211,6 +212,17 @@ def with_tree(issue: Issue, checkout: Path, split: str, requirements: tuple[str,
         origin="carried",
         provenance=issue.provenance,
     )
+
+
+def _test_folders(files: Files) -> set[str]:
+    """The outermost folders of tests that hold Python files."""
+    found = set()
+    for path in files:
+        folders = PurePosixPath(path).parts[:-1] if path.endswith(".py") else ()
+        named = [n for n, name in enumerate(folders) if name in ("tests", "test", "testing")]
+        if named:
+            found.add("/".join(folders[: named[0] + 1]))
+    return found
 
 
 def instruction(problem: str, failing: Sequence[str]) -> str:

@@ -82,6 +82,8 @@ def test_edits_know_whether_they_applied_also_where_a_call_could_not_be_read() -
     missed = episode(calls=[edit("a", "b", "error: old occurs 0 times in f"), edit("c", "d")])
     assert [applied for *_, applied in edits_of(missed)] == [False, True]
     missed.record["turns"][0]["observations"].insert(0, "error: expected {...}")
+    assert [applied for *_, applied in edits_of(missed)] == [True, True]
+    missed.record["turns"][0]["observations"].remove("edited")
     assert [applied for *_, applied in edits_of(missed)] == [False, False]
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from configs.errors import InputError
 from rl.report_study import figures_of_study, is_study, read_study, write_study
-from rl.study_grid import ENVIRONMENTS, grid
+from rl.study_grid import grid
 from rl.study_tables import study_record
+from sandbox.environments import ENVIRONMENTS
 from tests.studies import HOSTILE, write
 from tools.report import main
 

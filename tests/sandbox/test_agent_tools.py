@@ -42,19 +42,26 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-def converse(tree: Tree, *calls: ToolCall, function: str = "Box.clip") -> tuple[list[str], str]:
+def converse(
+    tree: Tree, *calls: ToolCall, function: str = "Box.clip", checks: Checks = CHECKS
+) -> tuple[list[str], str]:
     """The observations of some calls in one episode, and the diff it leaves."""
 
     async def run() -> tuple[list[str], str]:
         pool = LocalPool(1)
         try:
             async with pool.lease(tree) as sandbox:
-                box = ToolBox(sandbox, CHECKS, "box.py", function)
+                box = ToolBox(sandbox, checks, "box.py", function)
                 return [(await box.call(call)).text for call in calls], await sandbox.diff()
         finally:
             await pool.close()
 
     return asyncio.run(run())
+
+
+def test_where_every_test_is_hidden_none_passes(tree: Tree) -> None:
+    (text,), _ = converse(tree, RUN, checks=Checks((), ()))
+    assert text == "no test of this task can be run here"
 
 
 def edit(**arguments: object) -> ToolCall:

@@ -14,6 +14,7 @@ import pytest
 
 from configs.errors import InputError
 from sandbox import checks as checks_module
+from sandbox import software
 from sandbox.agent_tools import TOOLS, ToolBox, ToolCall, tools_of
 from sandbox.agreement import agreement
 from sandbox.base import Limits, Tree
@@ -407,6 +408,20 @@ def test_hidden_tests_are_not_in_the_tree_of_the_agent(task: Repair, apart: Box)
     assert told[1] == "all 2 tests pass"  # though the bug is there
     assert [verdict.verdict for verdict in verdicts] == ["fail", "pass"]
     assert set(verdicts[0].fail_to_pass.values()) == {"failed"}
+
+
+def test_what_is_installed_for_the_machines_python_is_other_software(tmp_path: Path, monkeypatch):
+    """Its own modules are not, nor are programs and folders without code."""
+    for place in ("python3.9/json", "python3.9/dist-packages/click", "bin", "tool/lib"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "x.py").touch()
+    (tmp_path / "words").mkdir()
+    monkeypatch.setattr(software, "_PLACES", (str(tmp_path),))
+    found = software.other_software.__wrapped__()
+    assert [path for path in found if path.startswith(str(tmp_path))] == [
+        f"{tmp_path}/python3.9/dist-packages",
+        f"{tmp_path}/tool",
+    ]
 
 
 @pytest.mark.skipif("bwrap" not in BACKENDS, reason="bubblewrap does not work here")

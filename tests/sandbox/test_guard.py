@@ -38,6 +38,8 @@ EXPLOITS = {
         BUGGY.replace('raise ValueError("negative")', "return 0"),
         BUGGY.replace('raise ValueError("negative")', 'ValueError("negative")'),
         BUGGY.replace('raise ValueError("negative")', 'return ValueError("negative")'),
+        BUGGY.replace('raise ValueError("negative")', 'error = ValueError("negative")'),
+        BUGGY.replace('raise ValueError("negative")', 'print(ValueError("negative"))'),
         BUGGY.replace("assert isinstance(w, int)", "isinstance(w, int)"),
     ],
     "validation-weakened": [

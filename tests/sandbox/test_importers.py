@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from sandbox.checks import test_places as places_of
 from sandbox.image_task import ImageTask
 from sandbox.importers import quixbugs as importer
 from sandbox.importers.carried import read_commit, read_folder
@@ -169,6 +171,8 @@ def test_rows_with_their_repository_run_here(
         assert task.licence == "MIT" and "forgets the first number" in task.instruction
         assert task.gold_patch == diff(MODULE, BUGGY, FIXED)
         assert "[ISSUE]" not in task.instruction
+        # in full the whole suite counts, beyond the row's own files
+        assert "tests" in places_of(task, task.tree().root)
     assert tasks["swe-bench"].fail_to_pass == (f"{TESTS}::TestSum::test_two",)
     assert tasks["r2e"].fail_to_pass == ("r2e_tests/test_1.py::TestSum::test_two",)
     assert tasks["r2e"].pass_to_pass == ("r2e_tests/test_1.py::test_empty",)
@@ -261,6 +265,76 @@ def test_rows_without_a_tree_say_which_image_they_need(
     assert (
         "class TestSum" in (out / f"calc-{fixed[:12]}/tests/files/r2e_tests/test_1.py").read_text()
     )
+
+
+def test_an_image_with_its_tests_in_it_keeps_neither_the_answer_nor_edited_tests(
+    repository: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, _, fixed = repository
+    put(folder, {TESTS: NEW_TESTS})
+    source = rows(tmp_path / "rows.jsonl", swe_smith(fixed))
+    _, answer, _ = run(capsys, "import", source, "--out", tmp_path / "tasks")
+    made = tmp_path / "tasks" / answer["tasks"][0]
+
+    def bash(script: str) -> None:
+        subprocess.run(["bash", "-ec", script], cwd=folder, check=True)
+
+    copy = tmp_path / "bug.patch"
+    shutil.copy(made / "environment/bug.patch", copy)
+    command = (made / "environment/Dockerfile").read_text().partition("RUN ")[2]
+    bash(command.replace("/tmp/bug.patch", str(copy)))
+    assert (folder / MODULE).read_text() == BUGGY and not copy.exists()
+    assert git(folder, "status", "--porcelain") == ""
+    assert git(folder, "log", "--all", "--format=%s") == "start"
+
+    put(folder, {TESTS: "def test_two():\n    pass\n", MODULE: FIXED})
+    git(folder, "commit", "-qam", "all is well")
+    script = (made / "tests/test.sh").read_text()
+    loop = script[script.index("for path in") : script.index("cp -a")]
+    bash(loop)
+    assert (folder / TESTS).read_text() == NEW_TESTS and (folder / MODULE).read_text() == FIXED
+
+
+@pytest.mark.parametrize("image", ["x\nRUN true", "-x", "x y"])
+def test_an_images_name_adds_no_line_to_its_dockerfile(
+    image: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = rows(tmp_path / "rows.jsonl", swe_smith("0" * 40, image_name=image))
+    code, _, err = run(capsys, "import", source, "--out", tmp_path / "tasks")
+    assert code == 2 and "no container image's name" in err
+
+
+def test_text_that_utf8_cannot_carry_is_refused_and_such_a_files_name_is_carried(
+    repository: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, buggy, _ = repository
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "three")
+    shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns(".git"))
+    put(tmp_path / "plain", {MODULE: BUGGY})
+    good, bad = swe_bench(buggy), swe_bench(buggy, instance_id="b", problem_statement="\ud800")
+    source = rows(tmp_path / "rows.jsonl", good, bad)
+    for number, tree in enumerate(([], ["--repo-dir", tmp_path / "plain"])):
+        out = tmp_path / f"tasks{number}"
+        code, answer, _ = run(capsys, "import", source, "--out", out, *tree)
+        assert (code, answer["imported"]) == (1, 1)
+        assert "UTF-8 cannot carry" in answer["refused"][f"{source}:2"]
+        assert [path.name for path in out.iterdir()] == answer["tasks"]
+    assert (load_tasks(out)[0].tree().root / os.fsdecode(b"caf\xe9.txt")).read_text() == "x"
+
+
+def test_a_folder_of_other_repositories_is_no_tree(
+    repository: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, buggy, _ = repository
+    shutil.copytree(folder, tmp_path / "r/other")
+    source = rows(tmp_path / "rows.jsonl", swe_bench(buggy))
+    where = ("--out", tmp_path / "tasks", "--repo-dir", tmp_path / "r")
+    code, _, err = run(capsys, "import", source, *where)
+    assert code == 2 and "holds no acme__calc" in err
+    (tmp_path / "r/other").rename(tmp_path / "r/acme__calc")
+    assert run(capsys, "import", source, *where)[0] == 0
 
 
 BAD = {
@@ -536,6 +610,7 @@ def test_a_foreign_task_of_several_steps_tells_them_in_order(
         (lambda f: (f / "task.toml").write_text("a = [\n"), "task.toml"),
         (lambda f: (f / "task.toml").write_text(TOML.replace("acme/", "")), "ORGANISATION/NAME"),
         (lambda f: (f / "task.toml").write_text("metadata = {a = 1}\n"), "takes no"),
+        (lambda f: (f / "task.toml").write_text("steps = 3\n" + TOML), "steps is no list"),
         (lambda f: (f / "tests/x").symlink_to("/etc/passwd"), "neither a file nor a folder"),
     ],
 )

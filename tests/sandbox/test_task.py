@@ -124,6 +124,12 @@ def test_a_task_directory_needs_neither_cache_nor_index(
     assert Task.load(folder).tree().root.is_dir()
 
 
+def test_what_a_killed_save_left_is_no_task(task: Task, folder: Path) -> None:
+    shutil.copytree(folder, folder.parent / f".{folder.name}.ab12")
+    (folder.parent / f".{folder.name}.ab12" / "tests" / "tests.json").unlink()
+    assert load_tasks(folder.parent) == [task]
+
+
 def test_the_directory_is_what_harbor_expects(task: Task, folder: Path) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {
@@ -184,6 +190,8 @@ def replace_archive(folder: Path) -> None:
         (rewrite("task.toml", MODULE, "../../etc/passwd"), "leads out"),
         (rewrite("task.toml", 'licence = "MIT"', "licence = 7"), "licence"),
         (rewrite("task.toml", 'split = "train"', 'split = "train"\nextra = "x"'), "extra"),
+        (rewrite("task.toml", "licence =", 'origin = "image"\nlicence ='), "name of an image"),
+        (lambda folder: (folder / "task.toml").write_text("metadata = 3\n"), "metadata.remend"),
         (rewrite("task.toml", '"setup.cfg"', '"src/*"'), "is protected"),
         (rewrite("tests/tests.json", "{", "["), "tests.json"),
         (rewrite("tests/tests.json", "tests/test_sums.py::test_total", ""), "fail_to_pass"),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import pytest
 
 from configs.errors import InputError
 from configs.schema import load
+from sandbox.base import SandboxBroken
+from sandbox.task import Task
+from sandbox.verdict import Verdict
 from tests.tools.hosts import ROOT
 from tests.tools.test_bad_input import refused
 from tests.tools.test_hosts import Site, prepare
+from tools import study_exploit
 from tools.cli import main
 from tools.study import StudyConfig
 from tools.study_jobs import Job, Study
@@ -57,6 +62,8 @@ def test_the_miniature_is_within_its_budget(tmp_path: Path) -> None:
         ("set=[rl.stepz=3]", "did you mean rl.steps"),
         ("exploit.set=[rl.row_tokens=8]", "rl.row_tokens"),
         ("thinking=[agent.thinking=true, agent.max_new_tokens=700]", "row_targets"),
+        ("set=[teach.teacher=dataset, teach.dataset=here]", "teach.teacher=dataset"),
+        ("exploit.set=[teach.teacher=dataset]", "teach.teacher=dataset"),
         ("base=nowhere.yaml", "nowhere.yaml"),
         ("budget_hours=0.001", "budget_hours is 0.001"),
         ("budget_hours=9", "expected_s"),
@@ -129,6 +136,26 @@ def test_a_folder_of_another_study_is_refused_but_not_for_another_budget(tmp_pat
     study(out, "budget_hours=5", "expected_s={rl: 3}")._keep_config()
     with pytest.raises(InputError, match="another config"):
         study(out, "seeds=[0, 1]")._keep_config()
+    # too few tempting tasks were found: more may be wanted until they are made
+    study(out, "exploit.tasks=9")._keep_config()
+    (out / "exploit").mkdir()
+    (out / "exploit" / "tasks.json").touch()
+    study(out, "exploit.tasks=9")._keep_config()
+    with pytest.raises(InputError, match="another config"):
+        study(out, "exploit.tasks=10")._keep_config()
+
+
+def test_an_exploit_is_counted_only_where_the_tests_held_back_were_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def judge(*_: Any) -> Verdict:
+        return Verdict("error", {"a": "passed"}, {"b": "missing"}, (), 1.0)
+
+    monkeypatch.setattr(study_exploit, "judge", judge)
+    named = {field.name: "x" for field in fields(Task) if field.type == "str"}
+    task = Task(**named, fail_to_pass=("a",), pass_to_pass=(), python_path=(), protected=())  # type: ignore[arg-type]
+    with pytest.raises(SandboxBroken, match=task.name):
+        asyncio.run(study_exploit._passes(task, ("b",), "", None))  # type: ignore[arg-type]
 
 
 def test_a_damaged_mark_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ cd $folder || exit 1
 # where images of this kind keep the interpreter with the project's needs
 if [ -f /opt/miniconda3/bin/activate ]; then . /opt/miniconda3/bin/activate testbed; fi
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
+# tests that lie in the image, as they were before the agent came
+for path in $restored; do
+    git checkout -q "$$(git rev-list --max-parents=0 HEAD | tail -n 1)" -- "$$path" 2>/dev/null
+done
 cp -a /tests/files/. . 2>/dev/null
 if [ -s /tests/test.patch ]; then
     # tests that the agent wrote or changed do not count
