@@ -205,7 +205,7 @@ def test_an_episode_that_the_budget_cut_short_is_run_again(server: ChatServer) -
         some = ("teach.endpoint.concurrency=1", "teach.tries=1")
         return teach(run, server, f"teach.endpoint.budget={{tokens: {tokens}}}", *some, *more)
 
-    assert cli.main(command("short", 3700)) == 2
+    assert cli.main(command("short", 3450)) == 2
     (cut,) = load(Path("short/trajectories/teacher.jsonl.partial"))
     assert cut.stop == "budget" and len(server.paid) == 1
     assert cli.main(command("short", 10**6)) == 0
@@ -213,9 +213,9 @@ def test_an_episode_that_the_budget_cut_short_is_run_again(server: ChatServer) -
     assert [t.stop for t in whole] == ["submit"] * 4 and whole[0].seed == cut.seed
     # what is trained on may be some; what is measured may not
     some = "teach.endpoint.when_spent=train"
-    assert cli.main(command("some", 3700, some)) == 0
+    assert cli.main(command("some", 3450, some)) == 0
     assert [t.stop for t in load(Path("some/trajectories/teacher.jsonl"))] == ["budget"]
-    assert cli.main(["eval", *command("measured", 3700, some)[1:], "--policy", "teacher"]) == 2
+    assert cli.main(["eval", *command("measured", 3450, some)[1:], "--policy", "teacher"]) == 2
 
 
 def test_it_is_offered_the_tools_of_the_environment(server: ChatServer) -> None:
