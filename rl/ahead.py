@@ -160,10 +160,15 @@ class Publisher:
         self._next: tuple[Any, int] | None = None
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being published."""
+        return self._task is not None and not self._task.done()
+
     def offer(self, params: Any, version: int) -> None:
         """Publish this when the one under way is done; raises what the last one raised."""
         self._next = params, version
-        if self._task is None or self._task.done():
+        if not self.busy:
             if self._task is not None:
                 self._task.result()
             self._task = asyncio.create_task(self._run())

@@ -80,15 +80,15 @@ async def train_rl(
         if curriculum is not None:
             chosen = curriculum.choose(config.tasks_per_step, (seed, step))
         episodes = episodes_of_step(tasks, config, seed, step, chosen)
-        own = _groups_of(host_index(), config)
+        own = groups_of(host_index(), config)
         done = await unless_noticed(rollout([e for group in own for e in episodes[group]]))
         if not all(agree(done is not None)):  # nothing of this step is kept
             raise stopped(learning)
         assert done is not None
         rolled = time.monotonic()
-        values = episode_metrics(_cut(done, config))
-        keep_episodes(run, step + 1, done)
-        groups = dict(zip(own, _cut(done, config), strict=True))
+        values = episode_metrics(cut(done, config))
+        keep_episodes(run, step + 1, done, host_count())
+        groups = dict(zip(own, cut(done, config), strict=True))
         if curriculum is not None:
             for found in agree([o for g in own for o in outcomes(groups[g])]):
                 curriculum.record(found)
@@ -168,28 +168,28 @@ def episode_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 
-def _groups_of(host: int, config: RLConfig) -> list[int]:
+def groups_of(host: int, config: RLConfig) -> list[int]:
     """The groups of a step that a host rolls out: in turn, within what each update takes."""
     groups = range(config.tasks_per_step)
     return [g for g in groups if g // config.updates_per_step % host_count() == host]
 
 
-def _cut(episodes: Sequence[Trajectory], config: RLConfig) -> list[Sequence[Trajectory]]:
+def cut(episodes: Sequence[Trajectory], config: RLConfig) -> list[Sequence[Trajectory]]:
     size = config.group_size
     return [episodes[i : i + size] for i in range(0, len(episodes), size)]
 
 
-def _file(run: Path, step: int, host: int) -> Path:
-    """Where a host keeps its episodes of a step, numbered from 1."""
-    whose = f".host-{host}-of-{host_count()}" if host_count() > 1 else ""
+def episodes_file(run: Path, step: int, host: int = 0, hosts: int = 1) -> Path:
+    """Where a host keeps its episodes of a step, numbered from 1; `hosts`: those that roll out."""
+    whose = f".host-{host}-of-{hosts}" if hosts > 1 else ""
     return run / "trajectories" / f"rl-{step:06d}{whose}.jsonl"
 
 
-def keep_episodes(run: Path, step: int, done: Sequence[Trajectory]) -> None:
+def keep_episodes(run: Path, step: int, done: Sequence[Trajectory], hosts: int) -> None:
     """Write this host's episodes; those of an earlier try on other hosts go."""
-    save(_file(run, step, host_index()), done)
+    save(episodes_file(run, step, host_index(), hosts), done)
     if host_index() == 0:
-        current = {_file(run, step, host) for host in range(host_count())}
+        current = {episodes_file(run, step, host, hosts) for host in range(hosts)}
         for old in set((run / "trajectories").glob(f"rl-{step:06d}*.jsonl")) - current:
             old.unlink()
 
@@ -200,8 +200,8 @@ def _of_peers(run: Path, step: int, share: Share, config: RLConfig) -> dict[int,
     if len(share.peers) > 1:  # then it is so on every host
         barrier(f"episodes of step {step}")
         for host in set(share.peers) - {host_index()}:
-            found = _cut(load(_file(run, step, host)), config)
-            groups |= zip(_groups_of(host, config), found, strict=True)
+            found = cut(load(episodes_file(run, step, host, host_count())), config)
+            groups |= zip(groups_of(host, config), found, strict=True)
     return groups
 
 

@@ -22,9 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.errors import InputError
 from model.config import Qwen3Config
-from model.hosts import host_count
+from model.hosts import agree, barrier, host_count, host_index
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
 from rl.ahead import Ahead, Group, Publisher
@@ -32,19 +31,23 @@ from rl.learning import Learning, RLConfig
 from rl.rollout import Episode
 from rl.train import (
     check_tasks,
+    cut,
     episode_metrics,
     episode_seed,
+    episodes_file,
     episodes_of_step,
+    groups_of,
     keep_episodes,
     stopped,
 )
 from sandbox.task import Task
 from sft.tracking import Tracker
-from sft.trajectory import Trajectory
+from sft.trajectory import Trajectory, load
 
-# one episode with the newest weights; new weights, from a copy that nothing changes any more
+# one episode with the newest weights; a snapshot of a version, by all hosts; have it served
 Roll = Callable[[Episode], Coroutine[Any, Any, Trajectory]]
-Publish = Callable[[Params, int], Coroutine[Any, Any, None]]
+Make = Callable[[Params, int], Any]
+Serve = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 async def train_ahead(
@@ -57,7 +60,8 @@ async def train_ahead(
     seed: int,
     temperature: float,
     roll: Roll,
-    publish: Publish,
+    make: Make,
+    serve: Serve,
     mesh: Mesh | None = None,
     server_metrics: Callable[[], dict[str, float]] = dict,
     trackers: Sequence[Tracker] = (),
@@ -65,11 +69,10 @@ async def train_ahead(
 ) -> Params:
     """As ``train_rl``, with rollouts that run ahead.
 
-    Raises also InputError on several hosts: their learners step together, and would wait for one
-    another's slowest group.
+    `make(params, version)` is called in a thread, by all hosts together; `serve`, of what it made,
+    by the first one alone, as `roll` is.
     """
-    if host_count() > 1:
-        raise InputError("rl.max_staleness above 0 wants a learner of one host: set it to 0")
+    several, first = host_count() > 1, host_index() == 0
     check_tasks(tasks, config)
     learning = Learning(
         config,
@@ -102,27 +105,46 @@ async def train_ahead(
         oldest=lambda trajectory: trajectory.oldest_version,
     )
 
-    async def renew(params: Params, version: int) -> None:
-        await publish(params, version)
+    async def renew(offered: Any, version: int) -> None:
+        made = offered if several else await asyncio.to_thread(make, offered, version)
+        await serve(made)
         ahead.published(version)
 
     publisher = Publisher(renew)
+
+    async def offer(version: int) -> None:
+        """Have the policy published beside what follows."""
+        if not several:
+            publisher.offer(await asyncio.to_thread(_copied, learning.policy), version)
+            return
+        # all hosts write a snapshot, and at a place of its own among what else they do together:
+        # where the last one is not served yet, this one is left out before it is written
+        if (await asyncio.to_thread(agree, publisher.busy))[0]:
+            return
+        made = await asyncio.to_thread(make, learning.policy, version)
+        if first:
+            publisher.offer(made, version)
+
     try:
-        publisher.offer(await asyncio.to_thread(_copied, learning.policy), start)
+        await offer(start)
         for step in range(start, config.steps):
             began = time.monotonic()
-            groups = await unless_noticed(publisher.unless_failed(ahead.take(step)))
-            if groups is None:
+            taken: list[Group[Trajectory]] | None = []
+            if first:
+                taken = await unless_noticed(publisher.unless_failed(ahead.take(step)))
+            if not (await asyncio.to_thread(agree, taken is not None))[0]:
                 raise stopped(learning)
+            assert taken is not None
             waited = time.monotonic() - began
-            flat = [group.done for group in groups]
-            values = episode_metrics(flat) | _staleness(groups, step)
+            groups = await asyncio.to_thread(_on_all_hosts, run, step + 1, taken, config)
+            own = [groups[g] for g in groups_of(host_index(), config)]
+            values = await asyncio.to_thread(episode_metrics, own)
+            values |= _staleness(taken, step)
             values |= {"stale/dropped": float(ahead.dropped), "stale/ready": float(ahead.ready)}
-            keep_episodes(run, step + 1, [t for group in flat for t in group])
-            by_number: dict[int, Sequence[Trajectory]] = dict(enumerate(flat))
-            values |= await asyncio.to_thread(learning.learn, by_number)
+            fed = {g: groups[g] for host in learning.share.peers for g in groups_of(host, config)}
+            values |= await asyncio.to_thread(learning.learn, fed)
             if step + 1 < config.steps:
-                publisher.offer(await asyncio.to_thread(_copied, learning.policy), step + 1)
+                await offer(step + 1)
             wall = time.monotonic() - began
             values |= {
                 "time/rollout_s": waited,
@@ -131,9 +153,9 @@ async def train_ahead(
                 **{f"time/{name}": value for name, value in server_metrics().items()},
             }
             learning.metrics.write("rl", step + 1, values)
-            stop = noticed_by_any() and step + 1 < config.steps
+            stop = await asyncio.to_thread(noticed_by_any) and step + 1 < config.steps
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                learning.keep(values)
+                await asyncio.to_thread(learning.keep, values)
             on_step(step + 1, config.steps, values)
             if stop:
                 raise stopped(learning, values)
@@ -141,8 +163,21 @@ async def train_ahead(
         await publisher.close()
         await ahead.close()
         learning.close()
-    await publish(learning.policy, config.steps)
+    last = await asyncio.to_thread(make, learning.policy, config.steps)
+    if first:
+        await serve(last)
     return learning.policy
+
+
+def _on_all_hosts(
+    run: Path, step: int, taken: Sequence[Group[Trajectory]], config: RLConfig
+) -> list[Sequence[Trajectory]]:
+    """The step's groups, which the first host gives, on every host; kept in the run folder."""
+    done = [trajectory for group in taken for trajectory in group.done]
+    if host_index() == 0:
+        keep_episodes(run, step, done, hosts=1)
+    barrier(f"episodes of step {step}")
+    return cut(done if host_index() == 0 else load(episodes_file(run, step)), config)
 
 
 def _copied(params: Params) -> Params:
@@ -151,7 +186,8 @@ def _copied(params: Params) -> Params:
 
 
 def _staleness(groups: Sequence[Group[Trajectory]], step: int) -> dict[str, float]:
-    """How many versions old the sampled tokens are: the mean, the largest, and shares by age."""
+    """How many versions old the sampled tokens are: the mean, the largest, and shares by age.
+    Known to the host that rolled out, which is the one that writes metrics."""
     ages: Counter[int] = Counter()
     for group in groups:
         for trajectory in group.done:

@@ -35,7 +35,7 @@ async def reinforce(
     if not config.reward.guard:
         print(f"WARNING: {UNGUARDED}", file=sys.stderr, flush=True)
     policy = _policy_server(pipeline)
-    publish = _publisher(pipeline, policy)
+    make = _snapshots_of(pipeline)
     gate = asyncio.Semaphore(config.server.slots)
 
     async def roll(episode: Episode) -> Trajectory:
@@ -49,6 +49,15 @@ async def reinforce(
                 pipeline.setting,
             )
         return paid([done], config.reward)[0]
+
+    async def publish(params: Params, version: int) -> None:
+        made = make(params, version)
+        shared = host_count() > 1 and bool(config.server.sglang.urls)
+        if shared and host_index() > 0:
+            barrier(f"version {version} published")  # by the first host: the others find it there
+        await policy.publish(*made)
+        if shared and host_index() == 0:
+            barrier(f"version {version} published")
 
     async def rollout(episodes: Sequence[Episode]) -> list[Trajectory]:
         return paid(await pipeline.run_episodes(episodes, policy), config.reward)
@@ -68,7 +77,8 @@ async def reinforce(
                 seed=pipeline.seed,
                 temperature=config.agent.temperature,
                 roll=roll,
-                publish=publish,
+                make=make,
+                serve=lambda made: policy.publish(*made),
                 mesh=pipeline.mesh,
                 server_metrics=policy.metrics,
                 trackers=pipeline.trackers,
@@ -113,8 +123,8 @@ def _policy_server(pipeline: Pipeline) -> PolicyServer:
     )
 
 
-def _publisher(pipeline: Pipeline, policy: PolicyServer) -> Callable:
-    """What makes a snapshot of a version and has it served."""
+def _snapshots_of(pipeline: Pipeline) -> Callable[[Params, int], tuple[Snapshot, Probe | None]]:
+    """What makes a snapshot of a version, and where servers are remote the probe of it."""
     config = pipeline.config
     server = config.server.sglang
     start = pipeline.start
@@ -132,15 +142,4 @@ def _publisher(pipeline: Pipeline, policy: PolicyServer) -> Callable:
         probe = prober(params, version) if prober is not None else None
         return snapshots.write(merged(params, config.lora), version), probe
 
-    async def publish(params: Params, version: int) -> None:
-        if config.rl.max_staleness:  # beside the learner, from a copy
-            await policy.publish(*await asyncio.to_thread(make, params, version))
-            return
-        made = make(params, version)
-        if host_count() > 1 and host_index() > 0 and server.urls:
-            barrier(f"version {version} published")  # by the first host: the others find it there
-        await policy.publish(*made)
-        if host_count() > 1 and host_index() == 0 and server.urls:
-            barrier(f"version {version} published")
-
-    return publish
+    return make

@@ -71,7 +71,8 @@ def train(run: Path, config: RLConfig = CONFIG, die_at: int = 0) -> list[int]:
         record.verdict = {"verdict": "pass" if record.reward else "fail"}
         return record
 
-    async def publish(params: Params, version: int) -> None:
+    async def serve(made: tuple[Params, int]) -> None:
+        params, version = made
         if die_at and version == die_at:
             raise OSError("no server left")
         engine.set_params(params, version)
@@ -87,7 +88,8 @@ def train(run: Path, config: RLConfig = CONFIG, die_at: int = 0) -> list[int]:
             seed=0,
             temperature=TEMPERATURE,
             roll=roll,
-            publish=publish,
+            make=lambda params, version: (params, version),
+            serve=serve,
         )
     )
     return published

@@ -207,6 +207,38 @@ def test_rl_on_two_hosts(site: Site) -> None:
     assert weights(run) != (run / "snapshots" / "rl" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.service
+def test_rollouts_run_ahead_on_two_hosts_and_go_on_after_a_sigterm(site: Site) -> None:
+    """The first host rolls out for both; no token is too old, no step is lost, and every snapshot
+    that was written is whole."""
+    shipped = str(ROOT / "model" / "policies" / "tiny")
+    more = [f"policy={shipped}", "sft.epochs=1", "rl.steps=8", "rl.max_staleness=2"]
+    more += ["rl.weight_cap=2", "rl.tasks_per_step=2", "rl.checkpoint_every=50"]
+    run = site.folder / "ahead"
+
+    def steps() -> list[dict]:
+        return [line for line in steps_of(run) if line["phase"] == "rl"]
+
+    processes = site.start("rl", "ahead", *more)
+    wait(processes, lambda: (run / "metrics.jsonl").exists() and len(steps()) >= 2)
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], errors
+    assert 2 <= len(steps()) < 8
+    site.finish("rl", "ahead", *more)
+    assert [line["step"] for line in steps()] == list(range(1, 9))
+    assert any(line["rl/grad_norm"] > 0 for line in steps())
+    for number, line in enumerate(steps()):
+        done = load(run / "trajectories" / f"rl-{number + 1:06d}.jsonl")
+        assert len(done) == 4
+        assert line["rl/reward"] == pytest.approx(np.mean([episode.reward for episode in done]))
+        ages = [number - v for episode in done for v in episode.versions if v >= 0]
+        assert min(ages) >= 0 and max(ages) <= 2
+    for snapshot in (*(run / "snapshots").glob("v*"), run / "snapshots" / "rl"):
+        load_hf(snapshot)
+    assert (run / "snapshots" / "v000008").is_dir()
+
+
 @pytest.mark.parametrize(
     "flags",
     [
