@@ -73,9 +73,8 @@ def save_hf(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    plan = [(t, _stored_dtype(params, t, dtype)) for t in tensors(config)]
-    _check_shapes(params, config)
-    files = _cut(plan, shard_bytes)
+    files = _files(params, config, dtype, shard_bytes)
+    plan = [one for inside in files.values() for one in inside]
     target = ExportFolder(folder, resume and f"{resume} {dtype} {shard_bytes}")
     total = sum(_nbytes(t, d) for t, d in plan)
     done = 0
@@ -88,17 +87,44 @@ def save_hf(
     with target:
         ours = host_index(), host_count()
         for number, (name, inside) in enumerate(files.items()):
-            mine = number % ours[1] == ours[0]
             if target.has(name):
                 advance(sum(_nbytes(t, d) for t, d in inside))
             else:  # every host takes part in gathering what is sharded
-                _write_shard(target, name, inside, params, advance, write_it=mine)
+                _write_shard(target, name, inside, params, advance, write_it=_is_mine(number))
         barrier(f"{folder} weights")
         if ours[0] == 0:
             hf = config.to_hf() | {"torch_dtype": _dtype_name(plan[0][1])}
             _write_rest(target, hf, files, tokenizer, assets, total)
             target.finish(meta or {})
         barrier(f"{folder} manifest")
+
+
+def fetched(
+    params: Params,
+    config: Qwen3Config,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Params:
+    """A copy in the host's memory that ``save_hf`` with the same arguments writes without any
+    device, and that later changes of ``params`` do not reach. All hosts fetch together; each gets
+    the values of those files alone that it writes: the rest is not set, and takes no memory.
+    """
+    held: dict[tuple[str, ...], np.ndarray] = {}
+    for number, inside in enumerate(_files(params, config, dtype, shard_bytes).values()):
+        for tensor, kept in inside:
+            leaf, axis, end = _at(params, tensor.path), rows_axis(tensor), 0
+            if tensor.path not in held:  # pages that nobody writes to are never there
+                held[tensor.path] = np.empty(leaf.shape, kept)
+            into = np.moveaxis(held[tensor.path][tensor.at], axis, 0)
+            for block in blocks(leaf, tensor.at, axis, fetch=_is_mine(number)):
+                rows = np.moveaxis(block, axis, 0)
+                into[end : end + len(rows)] = rows
+                end += len(rows)
+    copy: dict[str, Any] = {"layers": {}}
+    for path, values in held.items():
+        _at(copy, path[:-1])[path[-1]] = values
+    return copy
 
 
 @dataclass(frozen=True)
@@ -257,6 +283,19 @@ def _same_bytes(a: Entry, b: Entry, step: int = 4 << 20) -> bool:
 
 
 # ---- writing
+
+
+def _files(
+    params: Params, config: Qwen3Config, dtype: str | None, shard_bytes: int
+) -> dict[str, list[tuple[Tensor, np.dtype]]]:
+    """What goes into which file. Raises InputError for parameters that are not of this config."""
+    _check_shapes(params, config)
+    return _cut([(t, _stored_dtype(params, t, dtype)) for t in tensors(config)], shard_bytes)
+
+
+def _is_mine(file: int) -> bool:
+    """Whether this host writes the file of this number."""
+    return file % host_count() == host_index()
 
 
 def _stored_dtype(params: Params, tensor: Tensor, dtype: str | None) -> np.dtype:

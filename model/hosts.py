@@ -7,8 +7,12 @@ timeout of a collective runs. On a single host everything here answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ import jax
 
 _WAIT_MS = 2000  # in one call: in between, signals are answered
 _TURN = "remend/turn"
-_turns = itertools.count()
+_turns: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+_course: ContextVar[str] = ContextVar("course", default="")
 
 
 def _state() -> Any:
@@ -42,18 +47,30 @@ def store() -> Any:
     return _state().client
 
 
+@contextlib.contextmanager
+def beside(course: str) -> Iterator[None]:
+    """What hosts agree on in here, they do in an order of its own: beside, in another thread, they
+    go on agreeing on other things. Nothing in here may compute together on their devices."""
+    token = _course.set(course)
+    try:
+        yield
+    finally:
+        _course.reset(token)
+
+
 def agree(value: Any) -> list[Any]:
     """What each host gave (JSON), by host. Every host calls it, in the same order."""
     if host_count() == 1:
         return [value]
-    shared, turn = store(), next(_turns)
-    shared.key_value_set(f"{_TURN}/{turn}/{host_index()}", json.dumps(value))
+    course = _course.get()
+    turns, shared, turn = f"{_TURN}/{course}", store(), next(_turns[course])
+    shared.key_value_set(f"{turns}/{turn}/{host_index()}", json.dumps(value))
     if host_index() == 0:
-        given = [_wait_for(shared, f"{_TURN}/{turn}/{host}") for host in range(host_count())]
-        shared.key_value_set(f"{_TURN}/{turn}/all", f"[{','.join(given)}]")
+        given = [_wait_for(shared, f"{turns}/{turn}/{host}") for host in range(host_count())]
+        shared.key_value_set(f"{turns}/{turn}/all", f"[{','.join(given)}]")
         # all hosts have come to this turn, so they have read the one before
-        shared.key_value_delete(f"{_TURN}/{turn - 1}")
-    return json.loads(_wait_for(shared, f"{_TURN}/{turn}/all"))
+        shared.key_value_delete(f"{turns}/{turn - 1}")
+    return json.loads(_wait_for(shared, f"{turns}/{turn}/all"))
 
 
 def _wait_for(shared: Any, key: str) -> str:

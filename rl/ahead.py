@@ -152,46 +152,74 @@ class Ahead(Generic[T]):
 
 
 class Publisher:
-    """Publishes beside the learner, the newest weights each time: a version that the next one
-    overtook before its turn came is left out, so that the learner never waits for servers."""
+    """Writes and serves versions beside the learner, one after the other in the order offered.
 
-    def __init__(self, publish: Callable[[Any, int], Coroutine[Any, Any, None]]) -> None:
-        self._publish = publish
-        self._next: tuple[Any, int] | None = None
-        self._task: asyncio.Task[None] | None = None
+    One is written while the one before is being loaded by the servers, and no more: a version that
+    is due while another still waits for them is left out (`full`), so that the learner never waits
+    for servers.
+
+    Args:
+      write: of a copy of the parameters and its version; what it made. All hosts write together.
+      serve: of what was made and its version; None on a host that only writes.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Any, int], Coroutine[Any, Any, Any]],
+        serve: Callable[[Any, int], Coroutine[Any, Any, None]] | None,
+    ) -> None:
+        self._write, self._serve = write, serve
+        self._offered: asyncio.Queue[tuple[Any, int]] = asyncio.Queue()
+        self._made: asyncio.Queue[tuple[Any, int]] = asyncio.Queue()
+        self._waiting = 0  # offered and not yet with the servers
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
-    def busy(self) -> bool:
-        """Whether something is being published."""
-        return self._task is not None and not self._task.done()
+    def full(self) -> bool:
+        """Whether one more would have to wait behind another."""
+        return self._waiting > 0
 
-    def offer(self, params: Any, version: int) -> None:
-        """Publish this when the one under way is done; raises what the last one raised."""
-        self._next = params, version
-        if not self.busy:
-            if self._task is not None:
-                self._task.result()
-            self._task = asyncio.create_task(self._run())
+    def offer(self, copied: Any, version: int) -> None:
+        """Publish this beside what follows; raises what an earlier one raised."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._writer()), asyncio.create_task(self._server())]
+        self._raise_failed()
+        self._waiting += 1
+        self._offered.put_nowait((copied, version))
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which waits for what is published; raises where that failed."""
         working = asyncio.create_task(work)
         try:
-            while not working.done():
-                pending = {t for t in (working, self._task) if t is not None and not t.done()}
-                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if self._task is not None and self._task.done():
-                    self._task.result()
+            await asyncio.wait({working, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+            self._raise_failed()
             return working.result()
         finally:
             working.cancel()
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """End; what was offered is written to its end, for other hosts write it, too."""
+        if not any(task.done() for task in self._tasks):
+            await self._offered.join()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self) -> None:
-        while self._next is not None:
-            (params, version), self._next = self._next, None
-            await self._publish(params, version)
+    def _raise_failed(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def _writer(self) -> None:
+        while True:
+            copied, version = await self._offered.get()
+            self._made.put_nowait((await self._write(copied, version), version))
+            del copied  # its memory: the next may take a while to come
+            self._offered.task_done()
+
+    async def _server(self) -> None:
+        while True:
+            made, version = await self._made.get()
+            self._waiting -= 1
+            if self._serve is not None:
+                await self._serve(made, version)

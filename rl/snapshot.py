@@ -13,7 +13,7 @@ import jax
 from configs.errors import InputError
 from model.config import Qwen3Config
 from model.export_folder import MANIFEST, check_manifest
-from model.hf import checked_tensors, read_config, save_hf
+from model.hf import checked_tensors, fetched, read_config, save_hf
 from model.hosts import host_count, host_index
 from model.qwen3 import Params
 from model.tokenizer import Tokenizer
@@ -51,6 +51,11 @@ class Snapshots:
     ) -> None:
         self._root, self._config, self._tokenizer, self._keep = root, config, tokenizer, keep
         self._dtype, self._budget = dtype, budget_bytes
+
+    def copy(self, params: Params) -> Params:
+        """What `write` takes, out of the learner's reach, in the host's memory: hosts copy
+        together, and may then write beside what the learner does next."""
+        return fetched(params, self._config, dtype=self._dtype)
 
     def write(self, params: Params, version: int) -> Snapshot:
         """Write one version, whole or not at all, and drop versions that are too old.

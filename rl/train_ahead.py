@@ -18,12 +18,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from model.config import Qwen3Config
-from model.hosts import agree, barrier, host_count, host_index
+from model.hosts import agree, barrier, host_index
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
 from rl.ahead import Ahead, Group, Publisher
@@ -44,9 +42,11 @@ from sandbox.task import Task
 from sft.tracking import Tracker
 from sft.trajectory import Trajectory, load
 
-# one episode with the newest weights; a snapshot of a version, by all hosts; have it served
+# one episode with the newest weights; a copy of a version that nothing changes any more, its
+# snapshot, and having that served
 Roll = Callable[[Episode], Coroutine[Any, Any, Trajectory]]
-Make = Callable[[Params, int], Any]
+Copy = Callable[[Params, int], Any]
+Write = Callable[[Any, int], Any]
 Serve = Callable[[Any], Coroutine[Any, Any, None]]
 
 
@@ -60,7 +60,8 @@ async def train_ahead(
     seed: int,
     temperature: float,
     roll: Roll,
-    make: Make,
+    copy: Copy,
+    write: Write,
     serve: Serve,
     mesh: Mesh | None = None,
     server_metrics: Callable[[], dict[str, float]] = dict,
@@ -69,10 +70,10 @@ async def train_ahead(
 ) -> Params:
     """As ``train_rl``, with rollouts that run ahead.
 
-    `make(params, version)` is called in a thread, by all hosts together; `serve`, of what it made,
-    by the first one alone, as `roll` is.
+    All hosts call `copy(params, version)` between two steps, and `write(copied, version)` in a
+    thread beside the next one; `serve`, of what that made, and `roll` the first host alone.
     """
-    several, first = host_count() > 1, host_index() == 0
+    first = host_index() == 0
     check_tasks(tasks, config)
     learning = Learning(
         config,
@@ -105,25 +106,20 @@ async def train_ahead(
         oldest=lambda trajectory: trajectory.oldest_version,
     )
 
-    async def renew(offered: Any, version: int) -> None:
-        made = offered if several else await asyncio.to_thread(make, offered, version)
+    async def written(copied: Any, version: int) -> Any:
+        return await asyncio.to_thread(write, copied, version)
+
+    async def served(made: Any, version: int) -> None:
         await serve(made)
         ahead.published(version)
 
-    publisher = Publisher(renew)
+    publisher = Publisher(written, served if first else None)
 
     async def offer(version: int) -> None:
-        """Have the policy published beside what follows."""
-        if not several:
-            publisher.offer(await asyncio.to_thread(_copied, learning.policy), version)
-            return
-        # all hosts write a snapshot, and at a place of its own among what else they do together:
-        # where the last one is not served yet, this one is left out before it is written
-        if (await asyncio.to_thread(agree, publisher.busy))[0]:
-            return
-        made = await asyncio.to_thread(make, learning.policy, version)
-        if first:
-            publisher.offer(made, version)
+        """Have the policy published beside what follows, if the last one is on its way."""
+        full = await asyncio.to_thread(agree, publisher.full)
+        if not full[0]:
+            publisher.offer(await asyncio.to_thread(copy, learning.policy, version), version)
 
     try:
         await offer(start)
@@ -163,7 +159,7 @@ async def train_ahead(
         await publisher.close()
         await ahead.close()
         learning.close()
-    last = await asyncio.to_thread(make, learning.policy, config.steps)
+    last = await written(await asyncio.to_thread(copy, learning.policy, config.steps), config.steps)
     if first:
         await serve(last)
     return learning.policy
@@ -178,11 +174,6 @@ def _on_all_hosts(
         keep_episodes(run, step, done, hosts=1)
     barrier(f"episodes of step {step}")
     return cut(done if host_index() == 0 else load(episodes_file(run, step)), config)
-
-
-def _copied(params: Params) -> Params:
-    """In the host's memory, where the next step does not overwrite it."""
-    return jax.tree.map(lambda leaf: np.array(leaf), params)
 
 
 def _staleness(groups: Sequence[Group[Trajectory]], step: int) -> dict[str, float]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from model.hosts import barrier, host_count, host_index
+from model.hosts import barrier, beside, host_count, host_index
 from model.lora import add_adapters, merged
 from model.qwen3 import Params
 from rl.policy_server import PolicyServer
@@ -35,7 +35,20 @@ async def reinforce(
     if not config.reward.guard:
         print(f"WARNING: {UNGUARDED}", file=sys.stderr, flush=True)
     policy = _policy_server(pipeline)
-    make = _snapshots_of(pipeline)
+    snapshots = _snapshots(pipeline)
+    remote = config.server.kind != "inprocess"
+    prober = Prober(pipeline.trained, pipeline.mesh) if remote else None
+
+    def probe(params: Params, version: int) -> Probe | None:
+        return prober(params, version) if prober is not None else None
+
+    def copy(params: Params, version: int) -> tuple[Params, Probe | None]:
+        return snapshots.copy(merged(params, config.lora)), probe(params, version)
+
+    def write(copied: tuple[Params, Probe | None], version: int) -> tuple[Snapshot, Probe | None]:
+        with beside("snapshots"):
+            return snapshots.write(copied[0], version), copied[1]
+
     gate = asyncio.Semaphore(config.server.slots)
 
     async def roll(episode: Episode) -> Trajectory:
@@ -51,7 +64,7 @@ async def reinforce(
         return paid([done], config.reward)[0]
 
     async def publish(params: Params, version: int) -> None:
-        made = make(params, version)
+        made = snapshots.write(merged(params, config.lora), version), probe(params, version)
         shared = host_count() > 1 and bool(config.server.sglang.urls)
         if shared and host_index() > 0:
             barrier(f"version {version} published")  # by the first host: the others find it there
@@ -77,7 +90,8 @@ async def reinforce(
                 seed=pipeline.seed,
                 temperature=config.agent.temperature,
                 roll=roll,
-                make=make,
+                copy=copy,
+                write=write,
                 serve=lambda made: policy.publish(*made),
                 mesh=pipeline.mesh,
                 server_metrics=policy.metrics,
@@ -123,23 +137,12 @@ def _policy_server(pipeline: Pipeline) -> PolicyServer:
     )
 
 
-def _snapshots_of(pipeline: Pipeline) -> Callable[[Params, int], tuple[Snapshot, Probe | None]]:
-    """What makes a snapshot of a version, and where servers are remote the probe of it."""
-    config = pipeline.config
-    server = config.server.sglang
-    start = pipeline.start
-    snapshots = Snapshots(
+def _snapshots(pipeline: Pipeline) -> Snapshots:
+    server, start = pipeline.config.server.sglang, pipeline.start
+    return Snapshots(
         pipeline.run / "snapshots",
         start.config,
         start.tokenizer,
         dtype=server.snapshot_dtype,
         budget_bytes=int(server.snapshot_gib * 2**30),
     )
-    remote = config.server.kind != "inprocess"
-    prober = Prober(pipeline.trained, pipeline.mesh) if remote else None
-
-    def make(params: Params, version: int) -> tuple[Snapshot, Probe | None]:
-        probe = prober(params, version) if prober is not None else None
-        return snapshots.write(merged(params, config.lora), version), probe
-
-    return make

@@ -55,7 +55,8 @@ class SimulateConfig:
     """Attributes:
     max_staleness: each is simulated in turn.
     steps: of the learner; the first `warmup` are not counted.
-    learn_s: one step of the learner. snapshot_s: to write its weights.
+    learn_s: one step of the learner. copy_s: to copy its weights to its hosts' memory; snapshot_s:
+      to write them from there, beside the next step.
     load_s: servers stand still while they load new weights.
     replicas, requests: servers, and requests of each at one time; more wait.
     request_tokens_per_s: of a request that is alone; replica_tokens_per_s: of a server that is
@@ -71,6 +72,7 @@ class SimulateConfig:
     group_size: int = 16
     spare: int = 0
     learn_s: float = 60.0
+    copy_s: float = 0.0
     snapshot_s: float = 10.0
     load_s: float = 5.0
     replicas: int = 8
@@ -167,16 +169,18 @@ async def _simulate(
         oldest=lambda version: version,
     )
 
-    async def publish(_: Any, version: int) -> None:
+    async def write(_: Any, version: int) -> None:
+        await asyncio.sleep(config.snapshot_s if version else 0)
+
+    async def serve(_: Any, version: int) -> None:
         if version:
-            await asyncio.sleep(config.snapshot_s)
             world.going.clear()
             await asyncio.sleep(config.load_s)
             world.going.set()
         world.version = version
         ahead.published(version)
 
-    publisher = Publisher(publish)
+    publisher = Publisher(write, serve)
     publisher.offer(None, 0)
     waited, ages, began, at = 0.0, Counter[int](), 0.0, (0.0, 0.0, 0.0)
     for step in range(config.steps):
@@ -188,7 +192,9 @@ async def _simulate(
         waited += clock() - asked
         ages.update(step - version for group in groups for version in group.done)
         await asyncio.sleep(config.learn_s)
-        publisher.offer(None, step + 1)
+        if not publisher.full:
+            await asyncio.sleep(config.copy_s)
+            publisher.offer(None, step + 1)
     wall = clock() - began
     counted = config.steps - config.warmup
     for replica, running in enumerate(world.running):

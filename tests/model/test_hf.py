@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs.errors import InputError
 from model.export_folder import MANIFEST
-from model.hf import INDEX, WEIGHTS, load_hf, save_hf
+from model.hf import INDEX, WEIGHTS, fetched, load_hf, save_hf
 from tests.model.conftest import random_params
 
 
@@ -48,6 +48,23 @@ def test_casts(tmp_path, small, small_params):
     full = load_hf(tmp_path / "a", param_dtype="float32")
     assert full.config.param_dtype == "float32"
     assert full.params["embed"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_copy_in_memory_is_written_like_what_it_was_made_of(tmp_path, small, dtype, experts):
+    """Also after the parameters themselves were given up, as an optimizer's step does."""
+    config = replace(small, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=16)
+    params = random_params(config if experts else small, 4)
+    config = config if experts else small
+    save_hf(tmp_path / "a", params, config, dtype=dtype)
+    copied = fetched(params, config, dtype=dtype)
+    assert jax.tree.structure(copied) == jax.tree.structure(params)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    save_hf(tmp_path / "b", copied, config, dtype=dtype)
+    for name in (WEIGHTS, MANIFEST):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_names_and_orientation_are_those_of_transformers(tmp_path, small, small_params):

@@ -16,7 +16,7 @@ from model.orbax_folder import load_orbax
 from tests.model.conftest import SMALL, random_params
 
 HOST = """
-import sys
+import sys, threading
 from pathlib import Path
 import jax
 folder, port, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -24,13 +24,23 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
 from model.checkpoint import Checkpoints
-from model.hf import load_hf, save_hf
+from model.hf import fetched, load_hf, save_hf
+from model.hosts import agree, beside
 from model.orbax_folder import load_orbax, save_orbax
 from model.sharding import make_mesh, param_shardings
 mesh = make_mesh({"fsdp": 4})
 policy = load_hf(folder / "start", shardings=lambda config: param_shardings(config, mesh))
 assert not policy.params["layers"]["q"].is_fully_addressable
 save_hf(folder / "written", policy.params, policy.config, shard_bytes=20_000)
+copied = fetched(policy.params, policy.config, shard_bytes=20_000)
+def write():
+    with beside("snapshots"):
+        save_hf(folder / "beside", copied, policy.config, shard_bytes=20_000)
+thread = threading.Thread(target=write)
+thread.start()
+for turn in range(50):
+    assert agree((turn, process)) == [[turn, 0], [turn, 1]]
+thread.join()
 save_orbax(folder / "orbax", policy.params, policy.config)
 checkpoints = Checkpoints(folder / "checkpoints")
 restored = checkpoints.restore(1, {"params": policy.params})["params"]  # written by one process
@@ -70,6 +80,7 @@ def test_hosts_and_one_process_read_each_others_files(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     read = [
         load_hf(tmp_path / "written").params,  # checks every digest in the manifest
+        load_hf(tmp_path / "beside").params,
         load_orbax(tmp_path / "orbax").params,
         checkpoints.restore(3, {"params": params})["params"],
     ]

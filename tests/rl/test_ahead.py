@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.ahead import Ahead
+from rl.ahead import Ahead, Publisher
 from rl.clock import run_simulated
 
 
@@ -149,3 +149,60 @@ def test_what_an_episode_raises_is_raised() -> None:
 
     with pytest.raises(OSError, match="the sandbox is gone"):
         run_simulated(Loop(seconds).run())
+
+
+def test_versions_are_written_while_servers_load_the_one_before() -> None:
+    """One at a time each, in order; one that would wait behind another is not asked for."""
+    log: list[tuple[str, int, float]] = []
+
+    async def run() -> None:
+        clock = asyncio.get_running_loop().time
+
+        async def write(copied: Any, version: int) -> Any:
+            await asyncio.sleep(2.0)
+            log.append(("written", version, clock()))
+            return copied
+
+        async def serve(made: Any, version: int) -> None:
+            assert made == f"copy of {version}"
+            await asyncio.sleep(5.0)
+            log.append(("served", version, clock()))
+
+        publisher = Publisher(write, serve)
+        for version in range(6):
+            if not publisher.full:
+                publisher.offer(f"copy of {version}", version)
+            await publisher.unless_failed(asyncio.sleep(2.5))
+        publisher.offer("copy of 9", 9)
+        await publisher.close()
+
+    run_simulated(run())
+    assert log == [
+        ("written", 0, 2.0),
+        ("written", 1, 4.5),
+        ("served", 0, 7.0),
+        ("written", 3, 9.5),
+        ("served", 1, 12.0),
+        ("written", 5, 14.5),
+        ("served", 3, 17.0),
+        ("written", 9, 17.0),  # to its end, for other hosts write it, too; not served any more
+    ]
+
+
+@pytest.mark.parametrize("fails", ["write", "serve"])
+def test_what_fails_in_publishing_is_raised_where_the_learner_waits(fails: str) -> None:
+    async def step(name: str) -> None:
+        await asyncio.sleep(1.0)
+        if name == fails:
+            raise OSError(f"cannot {name}")
+
+    async def run() -> None:
+        publisher = Publisher(lambda c, v: step("write"), lambda m, v: step("serve"))
+        publisher.offer(None, 0)
+        try:
+            await publisher.unless_failed(asyncio.sleep(60.0))
+        finally:
+            await publisher.close()
+
+    with pytest.raises(OSError, match=f"cannot {fails}"):
+        run_simulated(run())

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,7 +89,8 @@ def train(run: Path, config: RLConfig = CONFIG, die_at: int = 0) -> list[int]:
             seed=0,
             temperature=TEMPERATURE,
             roll=roll,
-            make=lambda params, version: (params, version),
+            copy=lambda params, version: jax.tree.map(np.array, params),
+            write=lambda params, version: (params, version),
             serve=serve,
         )
     )
