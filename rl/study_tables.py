@@ -20,9 +20,14 @@ from rl.study_grid import Cell, costs, read_rows
 Rows = Mapping[Cell, Mapping[str, Any]]
 
 
-def study_record(out: Path, cells: Sequence[Cell], environments: Sequence[str]) -> dict[str, Any]:
+def study_record(
+    out: Path, cells: Sequence[Cell], environments: Sequence[str], *, thinks: bool
+) -> dict[str, Any]:
     """What study.json says: `cells`, one row each; `groups`, the cells that differ by seed alone,
     together; `claims`, one row each; `analyses`; `exploitation`.
+
+    `thinks`: the policies were taught to think. Of others the claim about thinking is measured, and
+    stays undecided.
 
     Raises InputError for a damaged file.
     """
@@ -33,7 +38,7 @@ def study_record(out: Path, cells: Sequence[Cell], environments: Sequence[str]) 
         "environments": list(environments),
         "cells": [dict(row) for row in rows.values()],
         "groups": groups(rows),
-        "claims": compared.claims(exploited),
+        "claims": compared.claims(exploited, thinks),
         "analyses": compared.analyses(),
         "exploitation": exploited,
     }
@@ -132,7 +137,7 @@ class Comparison:
         second = self.success("rl", trained, tested, False)
         return None if first is None or second is None else second - first
 
-    def claims(self, exploited: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    def claims(self, exploited: Mapping[str, Any] | None, thinks: bool) -> list[dict[str, Any]]:
         """One row each, in the paper's order."""
         gaps, matched, elsewhere, lost, thought = (
             self._over(lambda e: self._less(("sft", e, e, False), ("teacher", "", e, False))),
@@ -154,8 +159,7 @@ class Comparison:
                 note = "there is a gain; whether it reaches 7 points is open"
             found.append(claims.row(key, ours, outcome, note, parts | extra))
         found.append(_transfer_row(matched[0], elsewhere, lost[0]))
-        outcome = claims.thinking(thought[0]) if thought[0] is not None else "undecided"
-        found.append(claims.row("thinking", thought[0], outcome, "", thought[1]))
+        found.append(_thinking_row(*thought, thinks))
         found.append(_exploitation_row(exploited))
         found.append(self._tools_row())
         return found
@@ -253,6 +257,16 @@ def exploitation(out: Path) -> dict[str, Any] | None:
         for path in sorted((out / "exploit").glob(f"{name}-seed*/outcomes.jsonl")):
             outcomes += [Outcome(**record) for record in read_jsonl(path)]
     return summary(sides["off"], sides["on"]) if all(sides.values()) else None
+
+
+def _thinking_row(
+    ours: dict[str, float] | None, parts: dict[str, Any], thinks: bool
+) -> dict[str, Any]:
+    if ours is not None and not thinks:
+        note = "never taught to think: this is what the switch costs a policy that cannot"
+        return claims.row("thinking", ours, "undecided", note, parts)
+    outcome = claims.thinking(ours) if ours is not None else "undecided"
+    return claims.row("thinking", ours, outcome, "", parts)
 
 
 def _transfer_row(

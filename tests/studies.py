@@ -93,6 +93,9 @@ def write(
         write_jsonl(
             out / "exploit" / f"{guard}-seed0" / "outcomes.jsonl", [asdict(o) for o in outcomes]
         )
-    found = study_record(out, cells, ENVIRONMENTS) | {"wall_s": 60.0, "walls": {"cell": 60.0}}
+    found = study_record(out, cells, ENVIRONMENTS, thinks=True) | {
+        "wall_s": 60.0,
+        "walls": {"cell": 60.0},
+    }
     (out / "study.json").write_text(json.dumps(found))
     return out

@@ -52,6 +52,8 @@ class StudyConfig:
         `train_thinking`, in trainings of their own; none: it is not part of the study.
       train_thinking: train a policy for each mode. False: one policy, trained without, is tested
         in both, as the switch of Qwen3 is meant.
+      taught_to_think: whether the policy that everything starts from knows how to. If not, and
+        without `train_thinking`, the claim about thinking is measured, and stays undecided.
       full: overrides of the run config for the environment "full" alone.
       exploit: the exploitation experiment.
       expected_s: seconds of a job by kind (teach, sft, rl, cell, shift, tasks, start, long) on
@@ -65,6 +67,7 @@ class StudyConfig:
     environments: tuple[Environment, ...] = ENVIRONMENTS
     thinking: tuple[str, ...] = ()
     train_thinking: bool = False
+    taught_to_think: bool = True
     full: tuple[str, ...] = ()
     exploit: ExploitConfig = field(default_factory=ExploitConfig)
     expected_s: dict[str, float] = field(default_factory=dict)

@@ -141,7 +141,12 @@ class Study:
         walls: dict[str, float] = {}
         for job in self.jobs:
             walls[job.kind] = round(walls.get(job.kind, 0.0) + _seconds(job.mark), 1)
-        found = study_record(self.out, self.cells, self.config.environments)
+        found = study_record(
+            self.out,
+            self.cells,
+            self.config.environments,
+            thinks=self.config.taught_to_think or self.config.train_thinking,
+        )
         found |= {"wall_s": round(sum(walls.values()), 1), "walls": walls}
         write_atomic(self.out / "study.json", json.dumps(found, indent=1) + "\n")
         write_study(self.out)
@@ -239,7 +244,7 @@ class Study:
         text = f"{own}# base\n{dump(load_config(RunConfig, self._base, list(self.config.set)))}"
         # what changes no number may change, and what nothing was made by yet
         made = exists(self.out / "exploit" / "tasks.json")
-        free = ("budget_hours", "expected_s", *(() if made else ("exploit",)))
+        free = ("budget_hours", "expected_s", "taught_to_think", *(() if made else ("exploit",)))
         if exists(path) and _without(path.read_text(), free) != _without(text, free):
             raise InputError(
                 f"{self.out} holds a study with another config: choose another --out, "

@@ -55,8 +55,15 @@ def test_one_row_a_cell_with_pass_at_k_and_costs(study: Path) -> None:
     assert set(group["seeds"]) == {"0", "1"} and set(group["pass_at"]) == {"1", "4"}
 
 
+def test_of_policies_that_cannot_think_the_claim_about_it_stays_open(study: Path) -> None:
+    found = study_record(study, grid(ENVIRONMENTS, True, (0, 1)), ENVIRONMENTS, thinks=False)
+    (row,) = (row for row in found["claims"] if row["key"] == "thinking")
+    assert row["outcome"] == "undecided" and "never taught" in row["note"]
+    assert row["ours"]["high"] < 0
+
+
 def test_cells_that_are_not_done_leave_their_claims_undecided(tmp_path: Path) -> None:
-    found = study_record(tmp_path, grid(ENVIRONMENTS, True, (0,)), ENVIRONMENTS)
+    found = study_record(tmp_path, grid(ENVIRONMENTS, True, (0,)), ENVIRONMENTS, thinks=True)
     assert {row["outcome"] for row in found["claims"]} == {"undecided"}
     assert found["cells"] == [] and found["exploitation"] is None
 
@@ -68,7 +75,7 @@ def test_policies_that_call_nothing_are_no_failure(tmp_path: Path) -> None:
         empty = [{"text": "", "calls": [], "observations": ["error: no complete tool call"]}]
         records = [{**line, "turns": empty, "tool_counts": {}} for line in lines]
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (out / "study.json").write_text(json.dumps(study_record(out, CELLS, ENVIRONMENTS)))
+    (out / "study.json").write_text(json.dumps(study_record(out, CELLS, ENVIRONMENTS, thinks=True)))
     assert write_study(out).exists()
     found = next(row for row in read_study(out)["claims"] if row["key"] == "tools")
     assert found["outcome"] == "undecided" and found["note"] == "no policy called a tool"
@@ -80,7 +87,7 @@ def test_tasks_that_one_environment_cannot_judge_are_left_out_of_pairs(tmp_path:
     row = json.loads(path.read_text())
     row["tasks"].popitem()
     path.write_text(json.dumps(row))
-    found = study_record(out, grid(ENVIRONMENTS, True, (0,)), ENVIRONMENTS)
+    found = study_record(out, grid(ENVIRONMENTS, True, (0,)), ENVIRONMENTS, thinks=True)
     gain = next(row for row in found["claims"] if row["key"] == "gain")
     assert gain["ours"]["n"] == 11
 
@@ -103,13 +110,14 @@ def test_report_knows_a_study_and_writes_its_figures(study: Path, tmp_path: Path
 
 
 def test_a_study_under_way_has_a_page_and_damage_is_named(tmp_path: Path) -> None:
-    out = write(tmp_path / "a", tasks=4, tries=1, seeds=(0,), steps=2)
+    out = write(tmp_path / "a", tasks=20, tries=1, seeds=(0,), steps=2)
     (out / "study.json").unlink()
     (out / "study.yaml").write_text("")
     config = {"environments": list(ENVIRONMENTS), "thinking": ["x=1"], "seeds": [0]}
+    config |= {"taught_to_think": False, "train_thinking": False}
     (out / "study-config.json").write_text(json.dumps(config))
     next(out.glob("cells/sft*/cell.json")).unlink()
-    assert write_study(out).exists()
+    assert "never taught to think" in write_study(out).read_text()
     cell = next(out.glob("cells/rl*/cell.json"))
     cell.write_text("{")
     with pytest.raises(InputError, match=cell.parent.name):
