@@ -71,8 +71,6 @@ def save_hf(
         resume: names what is written. A write of the same name that was cut off is taken up where
             it stopped; None begins anew.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     files = _files(params, config, dtype, shard_bytes)
     plan = [one for inside in files.values() for one in inside]
     target = ExportFolder(folder, resume and f"{resume} {dtype} {shard_bytes}")
@@ -85,14 +83,13 @@ def save_hf(
         progress(min(done, total), total)
 
     with target:
-        ours = host_index(), host_count()
         for number, (name, inside) in enumerate(files.items()):
             if target.has(name):
                 advance(sum(_nbytes(t, d) for t, d in inside))
             else:  # every host takes part in gathering what is sharded
                 _write_shard(target, name, inside, params, advance, write_it=_is_mine(number))
         barrier(f"{folder} weights")
-        if ours[0] == 0:
+        if host_index() == 0:
             hf = config.to_hf() | {"torch_dtype": _dtype_name(plan[0][1])}
             _write_rest(target, hf, files, tokenizer, assets, total)
             target.finish(meta or {})
@@ -108,13 +105,13 @@ def fetched(
 ) -> Params:
     """A copy in the host's memory that ``save_hf`` with the same arguments writes without any
     device, and that later changes of ``params`` do not reach. All hosts fetch together; each gets
-    the values of those files alone that it writes: the rest is not set, and takes no memory.
+    the values of those files alone that it writes: the rest is not set, and mostly takes no memory.
     """
     held: dict[tuple[str, ...], np.ndarray] = {}
     for number, inside in enumerate(_files(params, config, dtype, shard_bytes).values()):
         for tensor, kept in inside:
             leaf, axis, end = _at(params, tensor.path), rows_axis(tensor), 0
-            if tensor.path not in held:  # pages that nobody writes to are never there
+            if tensor.path not in held:  # fresh pages are there once they are written to
                 held[tensor.path] = np.empty(leaf.shape, kept)
             into = np.moveaxis(held[tensor.path][tensor.at], axis, 0)
             for block in blocks(leaf, tensor.at, axis, fetch=_is_mine(number)):
@@ -288,7 +285,10 @@ def _same_bytes(a: Entry, b: Entry, step: int = 4 << 20) -> bool:
 def _files(
     params: Params, config: Qwen3Config, dtype: str | None, shard_bytes: int
 ) -> dict[str, list[tuple[Tensor, np.dtype]]]:
-    """What goes into which file. Raises InputError for parameters that are not of this config."""
+    """What goes into which file. Raises InputError for parameters that are not of this config, and
+    for a dtype that is none of ours."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _check_shapes(params, config)
     return _cut([(t, _stored_dtype(params, t, dtype)) for t in tensors(config)], shard_bytes)
 

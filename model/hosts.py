@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -21,7 +22,8 @@ import jax
 _WAIT_MS = 2000  # in one call: in between, signals are answered
 _TURN = "remend/turn"
 _turns: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
-_course: ContextVar[str] = ContextVar("course", default="")
+_course: ContextVar[str] = ContextVar("course", default="main")
+_leaving = threading.Event()
 
 
 def _state() -> Any:
@@ -73,8 +75,16 @@ def agree(value: Any) -> list[Any]:
     return json.loads(_wait_for(shared, f"{turns}/{turn}/all"))
 
 
+def leave() -> None:
+    """This host is about to end with an error: threads of its own that wait for other hosts stop
+    waiting, or it could not end, and none would hear of it."""
+    _leaving.set()
+
+
 def _wait_for(shared: Any, key: str) -> str:
     while True:
+        if _leaving.is_set():
+            raise RuntimeError("this host ends, and waits for no other")
         try:
             return shared.blocking_key_value_get(key, _WAIT_MS)
         except jax.errors.JaxRuntimeError as error:

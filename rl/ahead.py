@@ -155,8 +155,9 @@ class Publisher:
     """Writes and serves versions beside the learner, one after the other in the order offered.
 
     One is written while the one before is being loaded by the servers, and no more: a version that
-    is due while another still waits for them is left out (`full`), so that the learner never waits
-    for servers.
+    is due while another still waits for them is left out (`full`). So the learner waits for servers
+    only where it has gone as far ahead of them as it may. What is served may thus be older than
+    the newest that there was when the servers came free.
 
     Args:
       write: of a copy of the parameters and its version; what it made. All hosts write together.
@@ -198,16 +199,21 @@ class Publisher:
             working.cancel()
 
     async def close(self) -> None:
-        """End; what was offered is written to its end, for other hosts write it, too."""
-        if not any(task.done() for task in self._tasks):
-            await self._offered.join()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """End. What was offered is written to its end, for other hosts write it, too, but not
+        served any more. Raises what failed, here too."""
+        if self._tasks:
+            writer, server = self._tasks
+            server.cancel()
+            written = asyncio.create_task(self._offered.join())
+            await asyncio.wait({written, writer}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (written, writer):
+                task.cancel()
+            await asyncio.gather(written, writer, server, return_exceptions=True)
+            self._raise_failed()
 
     def _raise_failed(self) -> None:
         for task in self._tasks:
-            if task.done():
+            if task.done() and not task.cancelled():
                 task.result()
 
     async def _writer(self) -> None:

@@ -42,7 +42,9 @@ class SGLangConfig:
       update: what becomes of turns that are under way when new weights come: drain, retract, or
         in_place (``rl/engines.py``).
       snapshot_dtype: bfloat16 halves the bytes that servers read; null keeps the learner's bits.
-      snapshot_gib: most that all snapshots may hold; 0 for no limit.
+      snapshot_gib: most that all snapshots may hold; 0 for no limit. A run in turn has three for a
+        moment, one that runs ahead four; with less room older ones go sooner, and a server that
+        comes back then has to wait for the next.
       tolerance: mean difference, in nats, between log-probabilities of server and learner on the
         probe of each snapshot, above which a server is not used. 1e-3 is for float32; bfloat16
         wants about 0.05.

@@ -14,7 +14,7 @@ from configs.errors import InputError
 from model.config import Qwen3Config
 from model.export_folder import MANIFEST, check_manifest
 from model.hf import checked_tensors, fetched, read_config, save_hf
-from model.hosts import host_count, host_index
+from model.hosts import agree, host_count, host_index
 from model.qwen3 import Params
 from model.tokenizer import Tokenizer
 
@@ -32,7 +32,8 @@ class Snapshot:
 
 
 class Snapshots:
-    """Snapshot folders `v000000`, `v000001`, … under `root`; the newest `keep` are kept.
+    """Snapshot folders `v000000`, `v000001`, … under `root`; up to the one written last, the newest
+    `keep` are kept. Later ones, which a run that was resumed before them left, go.
 
     Args:
       dtype: "bfloat16" halves the bytes that servers read; None keeps the learner's bits.
@@ -74,13 +75,15 @@ class Snapshots:
                 raise
             if host_count() > 1:  # the others are in the middle of it
                 raise InputError(_no_room(folder)) from None
-            self._drop(keep=1, but=folder)
+            self._drop(keep=1, before=folder)
             try:
                 self._save(folder, params)
             except OSError:
                 raise InputError(_no_room(folder)) from None
-        self._drop(keep=self._keep, but=folder)
-        return Snapshot(folder, version, label_of(folder, version))
+        if host_index() == 0:
+            self._drop(keep=self._keep - 1, before=folder)
+        label = agree(label_of(folder, version) if host_index() == 0 else None)[0]
+        return Snapshot(folder, version, label)
 
     def _save(self, folder: Path, params: Params) -> None:
         save_hf(folder, params, self._config, self._tokenizer, dtype=self._dtype)
@@ -92,12 +95,15 @@ class Snapshots:
         itemsize = 2 if self._dtype == "bfloat16" else 4
         wanted = sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize + _SLACK_BYTES
         self._root.mkdir(parents=True, exist_ok=True)
-        for keep in (self._keep, 1):
+        for later in self._root.glob("v[0-9]*"):
+            if later.name > folder.name:
+                shutil.rmtree(later)
+        for keep in range(self._keep, 0, -1):
+            self._drop(keep=keep, before=folder)
             held = sum(map(_bytes, self._versions()))
             fits = not self._budget or held + wanted <= self._budget
             if fits and shutil.disk_usage(self._root).free >= wanted:
                 return
-            self._drop(keep=keep, but=folder)
         if self._budget and sum(map(_bytes, self._versions())) + wanted > self._budget:
             raise InputError(
                 f"snapshots: {folder.name} and the one before it need more than the budget of "
@@ -109,11 +115,11 @@ class Snapshots:
     def _versions(self) -> list[Path]:
         return sorted(self._root.glob("v[0-9]*"))
 
-    def _drop(self, keep: int, but: Path) -> None:
-        if host_index() == 0:
-            for old in self._versions()[:-keep]:
-                if old != but:
-                    shutil.rmtree(old)
+    def _drop(self, keep: int, before: Path) -> None:
+        """Drop those before a version, but for the newest `keep` of them."""
+        earlier = [folder for folder in self._versions() if folder.name < before.name]
+        for old in earlier[::-1][keep:]:
+            shutil.rmtree(old)
 
 
 def label_of(folder: Path, version: int) -> str:

@@ -86,9 +86,9 @@ async def train_rl(
             raise stopped(learning)
         assert done is not None
         rolled = time.monotonic()
-        values = episode_metrics(cut(done, config))
+        values = episode_metrics(_cut(done, config))
         keep_episodes(run, step + 1, done, host_count())
-        groups = dict(zip(own, cut(done, config), strict=True))
+        groups = dict(zip(own, _cut(done, config), strict=True))
         if curriculum is not None:
             for found in agree([o for g in own for o in outcomes(groups[g])]):
                 curriculum.record(found)
@@ -174,7 +174,7 @@ def groups_of(host: int, config: RLConfig) -> list[int]:
     return [g for g in groups if g // config.updates_per_step % host_count() == host]
 
 
-def cut(episodes: Sequence[Trajectory], config: RLConfig) -> list[Sequence[Trajectory]]:
+def _cut(episodes: Sequence[Trajectory], config: RLConfig) -> list[Sequence[Trajectory]]:
     size = config.group_size
     return [episodes[i : i + size] for i in range(0, len(episodes), size)]
 
@@ -200,7 +200,7 @@ def _of_peers(run: Path, step: int, share: Share, config: RLConfig) -> dict[int,
     if len(share.peers) > 1:  # then it is so on every host
         barrier(f"episodes of step {step}")
         for host in set(share.peers) - {host_index()}:
-            found = cut(load(episodes_file(run, step, host, host_count())), config)
+            found = _cut(load(episodes_file(run, step, host, host_count())), config)
             groups |= zip(groups_of(host, config), found, strict=True)
     return groups
 

@@ -16,12 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
+from configs.errors import Preempted
 from model.config import Qwen3Config
-from model.hosts import agree, barrier, host_index
+from model.hosts import agree, barrier, host_index, leave
 from model.preempt import noticed_by_any, unless_noticed
 from model.qwen3 import Params
 from rl.ahead import Ahead, Group, Publisher
@@ -29,7 +30,6 @@ from rl.learning import Learning, RLConfig
 from rl.rollout import Episode
 from rl.train import (
     check_tasks,
-    cut,
     episode_metrics,
     episode_seed,
     episodes_file,
@@ -40,14 +40,13 @@ from rl.train import (
 )
 from sandbox.task import Task
 from sft.tracking import Tracker
-from sft.trajectory import Trajectory, load
+from sft.trajectory import Stored, Trajectory
 
-# one episode with the newest weights; a copy of a version that nothing changes any more, its
-# snapshot, and having that served
-Roll = Callable[[Episode], Coroutine[Any, Any, Trajectory]]
-Copy = Callable[[Params, int], Any]
-Write = Callable[[Any, int], Any]
-Serve = Callable[[Any], Coroutine[Any, Any, None]]
+T = TypeVar("T")
+Roll = Callable[[Episode], Coroutine[Any, Any, Trajectory]]  # one, with the newest weights
+Copy = Callable[[Params, int], Any]  # of a version, which nothing changes any more
+Write = Callable[[Any, int], Any]  # such a copy, as a snapshot
+Serve = Callable[[Any], Coroutine[Any, Any, None]]  # such a snapshot
 
 
 async def train_ahead(
@@ -117,28 +116,34 @@ async def train_ahead(
 
     async def offer(version: int) -> None:
         """Have the policy published beside what follows, if the last one is on its way."""
-        full = await asyncio.to_thread(agree, publisher.full)
+        full = await together(agree, publisher.full)
         if not full[0]:
             publisher.offer(await asyncio.to_thread(copy, learning.policy, version), version)
 
+    async def together(work: Callable[..., T], *arguments: Any) -> T:
+        """`work`, which waits for other hosts, in a thread; raises where publishing failed, for
+        they may be waiting for this host to publish."""
+        return await publisher.unless_failed(asyncio.to_thread(work, *arguments))
+
     try:
-        await offer(start)
+        if start < config.steps:
+            await offer(start)
         for step in range(start, config.steps):
             began = time.monotonic()
             taken: list[Group[Trajectory]] | None = []
             if first:
                 taken = await unless_noticed(publisher.unless_failed(ahead.take(step)))
-            if not (await asyncio.to_thread(agree, taken is not None))[0]:
+            if not (await together(agree, taken is not None))[0]:
                 raise stopped(learning)
             assert taken is not None
             waited = time.monotonic() - began
-            groups = await asyncio.to_thread(_on_all_hosts, run, step + 1, taken, config)
+            peers = learning.share.peers
+            groups = await together(_groups_for, peers, run, step + 1, taken, config)
             own = [groups[g] for g in groups_of(host_index(), config)]
-            values = await asyncio.to_thread(episode_metrics, own)
+            values = await together(episode_metrics, own)
             values |= _staleness(taken, step)
             values |= {"stale/dropped": float(ahead.dropped), "stale/ready": float(ahead.ready)}
-            fed = {g: groups[g] for host in learning.share.peers for g in groups_of(host, config)}
-            values |= await asyncio.to_thread(learning.learn, fed)
+            values |= await asyncio.to_thread(learning.learn, groups)
             if step + 1 < config.steps:
                 await offer(step + 1)
             wall = time.monotonic() - began
@@ -149,31 +154,44 @@ async def train_ahead(
                 **{f"time/{name}": value for name, value in server_metrics().items()},
             }
             learning.metrics.write("rl", step + 1, values)
-            stop = await asyncio.to_thread(noticed_by_any) and step + 1 < config.steps
+            stop = await together(noticed_by_any) and step + 1 < config.steps
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 await asyncio.to_thread(learning.keep, values)
             on_step(step + 1, config.steps, values)
             if stop:
                 raise stopped(learning, values)
-    finally:
+        await ahead.close()
         await publisher.close()
+        copied = await asyncio.to_thread(copy, learning.policy, config.steps)
+        last = await written(copied, config.steps)
+        if first:
+            await serve(last)
+    except Preempted:  # on all hosts, at the same place
+        await ahead.close()
+        await publisher.close()
+        raise
+    except BaseException:
+        leave()
+        raise
+    finally:
         await ahead.close()
         learning.close()
-    last = await written(await asyncio.to_thread(copy, learning.policy, config.steps), config.steps)
-    if first:
-        await serve(last)
     return learning.policy
 
 
-def _on_all_hosts(
-    run: Path, step: int, taken: Sequence[Group[Trajectory]], config: RLConfig
-) -> list[Sequence[Trajectory]]:
-    """The step's groups, which the first host gives, on every host; kept in the run folder."""
-    done = [trajectory for group in taken for trajectory in group.done]
+def _groups_for(
+    hosts: Sequence[int], run: Path, step: int, taken: Sequence[Group[Trajectory]], config: RLConfig
+) -> dict[int, Sequence[Trajectory]]:
+    """Those of a step's groups, by number, that these hosts roll out where each does its own: what
+    this one learns from. The first host gives all, through the run folder."""
+    done: Sequence[Trajectory] = [trajectory for group in taken for trajectory in group.done]
     if host_index() == 0:
         keep_episodes(run, step, done, hosts=1)
     barrier(f"episodes of step {step}")
-    return cut(done if host_index() == 0 else load(episodes_file(run, step)), config)
+    if host_index() > 0:
+        done = Stored(episodes_file(run, step))
+    size = config.group_size
+    return {g: done[g * size : (g + 1) * size] for host in hosts for g in groups_of(host, config)}
 
 
 def _staleness(groups: Sequence[Group[Trajectory]], step: int) -> dict[str, float]:

@@ -43,7 +43,8 @@ async def reinforce(
         return prober(params, version) if prober is not None else None
 
     def copy(params: Params, version: int) -> tuple[Params, Probe | None]:
-        return snapshots.copy(merged(params, config.lora)), probe(params, version)
+        probed = probe(params, version)  # first: it refuses weights that are no numbers
+        return snapshots.copy(merged(params, config.lora)), probed
 
     def write(copied: tuple[Params, Probe | None], version: int) -> tuple[Snapshot, Probe | None]:
         with beside("snapshots"):
@@ -64,11 +65,12 @@ async def reinforce(
         return paid([done], config.reward)[0]
 
     async def publish(params: Params, version: int) -> None:
-        made = snapshots.write(merged(params, config.lora), version), probe(params, version)
+        probed = probe(params, version)
+        snapshot = snapshots.write(merged(params, config.lora), version)
         shared = host_count() > 1 and bool(config.server.sglang.urls)
         if shared and host_index() > 0:
             barrier(f"version {version} published")  # by the first host: the others find it there
-        await policy.publish(*made)
+        await policy.publish(snapshot, probed)
         if shared and host_index() == 0:
             barrier(f"version {version} published")
 
@@ -138,11 +140,14 @@ def _policy_server(pipeline: Pipeline) -> PolicyServer:
 
 
 def _snapshots(pipeline: Pipeline) -> Snapshots:
-    server, start = pipeline.config.server.sglang, pipeline.start
+    config, start = pipeline.config, pipeline.start
+    server = config.server.sglang
     return Snapshots(
         pipeline.run / "snapshots",
         start.config,
         start.tokenizer,
+        # ahead: what servers have, what they load, what waits for them
+        keep=3 if config.rl.max_staleness else 2,
         dtype=server.snapshot_dtype,
         budget_bytes=int(server.snapshot_gib * 2**30),
     )

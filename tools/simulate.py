@@ -192,7 +192,7 @@ async def _simulate(
         waited += clock() - asked
         ages.update(step - version for group in groups for version in group.done)
         await asyncio.sleep(config.learn_s)
-        if not publisher.full:
+        if step + 1 < config.steps and not publisher.full:
             await asyncio.sleep(config.copy_s)
             publisher.offer(None, step + 1)
     wall = clock() - began

@@ -51,6 +51,18 @@ def test_old_ones_go_and_equal_weights_have_equal_names(
         validate(again, replace(CONFIG, hidden_size=64, head_dim=16))
 
 
+def test_a_run_that_was_resumed_drops_what_came_later(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Not what it has just written, which is older by its number."""
+    snapshots = Snapshots(tmp_path, CONFIG, tokenizer, keep=3)
+    for version in range(8):
+        snapshots.write(init(CONFIG, version), version)
+    found = []
+    for version in (4, 5, 6):
+        snapshots.write(init(CONFIG, version), version)
+        found.append(names(tmp_path))
+    assert found == [["v000004"], ["v000004", "v000005"], ["v000004", "v000005", "v000006"]]
+
+
 def test_bfloat16_halves_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     params = init(CONFIG, 0)
     whole = Snapshots(tmp_path / "a", CONFIG, tokenizer).write(params, 0)

@@ -354,23 +354,31 @@ async def learn(
     async def rollout(episodes: Any) -> list[Trajectory]:
         return list(await asyncio.gather(*map(roll, episodes)))
 
-    snapshots = Snapshots(root / "snapshots", world.config, world.tokenizer)
+    snapshots = Snapshots(root / "snapshots", world.config, world.tokenizer, keep=3)
 
     async def publish(params: Params, version: int) -> None:
         await server.publish(snapshots.write(params, version), world.prober(params, version))
 
+    def copy(params: Params, version: int) -> Any:
+        return snapshots.copy(params), world.prober(params, version)
+
+    def write(copied: Any, version: int) -> Any:
+        return snapshots.write(copied[0], version), copied[1]
+
+    async def serve(made: Any) -> None:
+        await server.publish(*made)
+
     common: dict[str, Any] = {
         "seed": 0,
         "temperature": 1.0,
-        "publish": publish,
         "server_metrics": server.metrics,
         "on_step": on_step,
     }
     place = (config, world.config, init(world.config, 0), tasks, root)
     if config.max_staleness:
-        await train_ahead(*place, roll=roll, **common)
+        await train_ahead(*place, roll=roll, copy=copy, write=write, serve=serve, **common)
     else:
-        await train_rl(*place, rollout=rollout, **common)
+        await train_rl(*place, rollout=rollout, publish=publish, **common)
 
 
 @pytest.mark.parametrize(("thinking", "lag"), [(True, 0), (False, 1)])

@@ -240,6 +240,18 @@ def test_rollouts_run_ahead_on_two_hosts_and_go_on_after_a_sigterm(site: Site) -
     assert final[0].read_bytes() == final[1].read_bytes()
 
 
+@pytest.mark.service
+def test_a_snapshot_that_cannot_be_written_ends_all_hosts(site: Site) -> None:
+    """The first host alone knows of the budget, in a thread beside the learner."""
+    shipped = str(ROOT / "model" / "policies" / "tiny")
+    more = [f"policy={shipped}", "sft.epochs=1", "rl.max_staleness=1", "rl.weight_cap=2"]
+    processes = site.start("rl", "no-room", *more, "server.sglang.snapshot_gib=0.001")
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert "raise server.sglang.snapshot_gib" in errors[0].splitlines()[-1]
+    assert "host 1 stops: host 0 has failed" in errors[1].splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
