@@ -38,6 +38,12 @@ def test_a_wait_that_is_none_is_refused(wrong: str, capsys: pytest.CaptureFixtur
     assert "MEDIAN,P95,MOST" in capsys.readouterr().err
 
 
+def test_steps_that_leave_nothing_to_time_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two at the start are not timed, nor the last ones, when less is under way than before."""
+    assert main(["bench", "ahead", "--warmup", "2", "--staleness", "3", "rl.steps=7"]) == 2
+    assert "rl.steps must be at least 8: 2 are not timed at the start" in capsys.readouterr().err
+
+
 def test_only_test_runs_wait() -> None:
     class Inner:
         async def run_tests(self, ids: Any) -> str:

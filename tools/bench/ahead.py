@@ -1,8 +1,12 @@
 """`remend bench ahead`: GRPO with rollouts that run ahead, beside the same run in turn.
 
 The same tasks, seeds, sandboxes, slots and number of learner steps; each side in a process of its
-own, one after the other, first one then the other side first. Episodes an hour are those of the
-steps behind the warm-up; the final policies are evaluated on the same held-out tasks and seeds.
+own, one after the other, first one then the other side first. The final policies are evaluated on
+the same held-out tasks and seeds.
+
+Episodes an hour are those of the steps behind the warm-up, and before the last ones: a run that is
+ahead has rollouts of steps to come under way when the clock starts, and must have as many when it
+stops, or it would be given work that was done before.
 
 By default tests take what they take here: seconds of CPU, which two cores cannot overlap.
 `--tool-s MEDIAN,P95,MOST` makes each test run wait besides, log-normally and without CPU, as tests
@@ -47,8 +51,12 @@ def main(argv: list[str]) -> int:
     from tools.run_config import RunConfig
 
     config = load(RunConfig, args.config, args.overrides)
-    if config.rl.steps < args.warmup + 2:
-        raise InputError(f"rl.steps must be at least {args.warmup + 2} with --warmup {args.warmup}")
+    cut = args.warmup + args.staleness + 1
+    if config.rl.steps < cut + 2:
+        raise InputError(
+            f"rl.steps must be at least {cut + 2}: {args.warmup} are not timed at the start "
+            f"(--warmup), {args.staleness + 1} at the end (--staleness)"
+        )
     wait = _wait(args.tool_s)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="remend-ahead-") as root:
@@ -63,7 +71,7 @@ def main(argv: list[str]) -> int:
                     "overrides": overrides,
                     "run": str(out),
                     "seed": args.seed + number,
-                    "warmup": args.warmup,
+                    "timed": [args.warmup, config.rl.steps - args.staleness - 1],
                     "wait": wait,
                 }
                 print(f"round {number + 1} of {args.rounds}: {side}", file=sys.stderr, flush=True)

@@ -70,19 +70,19 @@ async def run(order: dict[str, Any]) -> dict[str, Any]:
         final = await reinforce(pipeline, start, pipeline.train_tasks, note)
         pipeline.pool = real
         evaluated = await pipeline.evaluate("final", final)
-    steps = len(ends) - order["warmup"]
+    first, last = order["timed"]  # steps, as a slice has them
     return {
-        "episodes": steps * config.rl.tasks_per_step * config.rl.group_size,
-        "seconds": ends[-1] - ends[order["warmup"] - 1],
-        "learner_idle": _idle(Path(order["run"]), order["warmup"]),
+        "episodes": (last - first) * config.rl.tasks_per_step * config.rl.group_size,
+        "seconds": ends[last - 1] - ends[first - 1],
+        "learner_idle": _idle(Path(order["run"]), slice(first, last)),
         "success": per_task(evaluated),
     }
 
 
-def _idle(run: Path, warmup: int) -> float:
+def _idle(run: Path, timed: slice) -> float:
     """Share of the timed steps in which the learner waited for episodes."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    steps = [row for row in map(json.loads, lines) if "time/rollout_s" in row][warmup:]
+    steps = [row for row in map(json.loads, lines) if "time/rollout_s" in row][timed]
     waited = sum(row["time/rollout_s"] for row in steps)
     return float(waited / max(waited + sum(row["time/learn_s"] for row in steps), 1e-9))
 
