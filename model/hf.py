@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,14 +106,14 @@ def fetched(
 ) -> Params:
     """A copy in the host's memory that ``save_hf`` with the same arguments writes without any
     device, and that later changes of ``params`` do not reach. All hosts fetch together; each gets
-    the values of those files alone that it writes: the rest is not set, and mostly takes no memory.
+    the values of those files alone that it writes: the rest is not set, and takes no memory.
     """
     held: dict[tuple[str, ...], np.ndarray] = {}
     for number, inside in enumerate(_files(params, config, dtype, shard_bytes).values()):
         for tensor, kept in inside:
             leaf, axis, end = _at(params, tensor.path), rows_axis(tensor), 0
-            if tensor.path not in held:  # fresh pages are there once they are written to
-                held[tensor.path] = np.empty(leaf.shape, kept)
+            if tensor.path not in held:
+                held[tensor.path] = _untouched(leaf.shape, kept)
             into = np.moveaxis(held[tensor.path][tensor.at], axis, 0)
             for block in blocks(leaf, tensor.at, axis, fetch=_is_mine(number)):
                 rows = np.moveaxis(block, axis, 0)
@@ -291,6 +292,15 @@ def _files(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _check_shapes(params, config)
     return _cut([(t, _stored_dtype(params, t, dtype)) for t in tensors(config)], shard_bytes)
+
+
+def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of pages that are there once they are written to. Not from malloc, which may have
+    been told to keep what was freed (``model/host.py``), and gives pages that are there already."""
+    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    return (
+        np.frombuffer(pages, np.uint8, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    )
 
 
 def _is_mine(file: int) -> bool:

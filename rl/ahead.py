@@ -211,6 +211,12 @@ class Publisher:
             await asyncio.gather(written, writer, server, return_exceptions=True)
             self._raise_failed()
 
+    async def abandon(self) -> None:
+        """End at once; a thread that writes goes on by itself."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def _raise_failed(self) -> None:
         for task in self._tasks:
             if task.done() and not task.cancelled():

@@ -77,7 +77,7 @@ def _so_far(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
         environments = [str(name) for name in config["environments"]]
         cells = grid(environments, bool(config["thinking"]), config["seeds"])
-        thinks = bool(config["taught_to_think"] or config["train_thinking"])
+        thinks = bool(config.get("taught_to_think", True) or config["train_thinking"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a study's: {error}") from None
     return study_record(folder, cells, environments, thinks=thinks)

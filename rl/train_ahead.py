@@ -160,18 +160,17 @@ async def train_ahead(
             on_step(step + 1, config.steps, values)
             if stop:
                 raise stopped(learning, values)
-        await ahead.close()
         await publisher.close()
         copied = await asyncio.to_thread(copy, learning.policy, config.steps)
         last = await written(copied, config.steps)
         if first:
             await serve(last)
     except Preempted:  # on all hosts, at the same place
-        await ahead.close()
         await publisher.close()
         raise
     except BaseException:
         leave()
+        await publisher.abandon()
         raise
     finally:
         await ahead.close()

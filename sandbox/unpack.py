@@ -62,6 +62,14 @@ def _extract(tar: tarfile.TarFile, folder: Path, name: str) -> None:
         plain = member.isfile() or member.isdir()
         if not plain or ".." in parts or "\\" in member.name:
             raise InputError(f"{name}: holds {member.name!r}, which is no plain file inside it")
-        if len(parts) > 1 and "__pycache__" not in parts and not member.name.endswith(".pyc"):
-            inside = member.replace(name="/".join(parts[1:]), deep=False)
-            tar.extract(inside, folder, filter="data")
+        path = folder.joinpath(*(part for part in parts[1:] if part))
+        if member.isdir():
+            if "__pycache__" not in parts:
+                path.mkdir(parents=True, exist_ok=True)
+        elif path != folder and "__pycache__" not in parts and path.suffix != ".pyc":
+            # not `extract`: there are no links to follow here, and its filters came with 3.11.4
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = tar.extractfile(member)
+            assert source is not None  # of a plain file
+            with source, path.open("xb") as file:
+                shutil.copyfileobj(source, file)

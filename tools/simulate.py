@@ -165,7 +165,7 @@ async def _simulate(
         per_step=config.tasks_per_step,
         max_staleness=lag,
         first=0,
-        last=config.steps,
+        last=config.steps + lag + 1,  # as in a longer run: what comes next is under way at the end
         oldest=lambda version: version,
     )
 
