@@ -36,8 +36,9 @@ def prepare(app: Path, tests: Path, facts: dict, tree: Path) -> None:
     if hashlib.sha256(archive.read_bytes()).hexdigest() != facts["sha256"]:
         sys.exit("the archive is not the pinned one")
     with tempfile.TemporaryDirectory() as aside, tarfile.open(archive) as tar:
-        # the archive is the pinned one by its hash; filters came with Python 3.11.4
-        tar.extractall(aside, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        if hasattr(tarfile, "data_filter"):  # since Python 3.11.4
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(aside)
         (top,) = Path(aside).iterdir()
         top.rename(tree)
     pristine, now = files(tree), files(app)
