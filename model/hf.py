@@ -297,10 +297,8 @@ def _files(
 def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array of pages that are there once they are written to. Not from malloc, which may have
     been told to keep what was freed (``model/host.py``), and gives pages that are there already."""
-    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
-    return (
-        np.frombuffer(pages, np.uint8, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-    )
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
 
 
 def _is_mine(file: int) -> bool:

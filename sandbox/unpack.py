@@ -71,5 +71,5 @@ def _extract(tar: tarfile.TarFile, folder: Path, name: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)
             assert source is not None  # of a plain file
-            with source, path.open("xb") as file:
+            with source, path.open("wb") as file:
                 shutil.copyfileobj(source, file)

@@ -184,11 +184,7 @@ def test_versions_are_written_while_servers_load_the_one_before() -> None:
         ("written", 3, 9.5),
         ("served", 1, 12.0),
         ("written", 5, 14.5),
-        (
-            "written",
-            9,
-            17.0,
-        ),  # to its end, for other hosts write it, too; nothing is served any more
+        ("written", 9, 17.0),  # to its end, and nothing is served any more
     ]
 
 
