@@ -17,6 +17,8 @@ from sandbox.packages import Package
 
 _PROBE = Path(__file__).with_name("coverage_probe.py")
 _ARGUMENTS = ("-q", "-c", "/dev/null", "--rootdir", ".", "--confcutdir", ".", "-pno:cacheprovider")
+# pytest's own names, and those of a folder's only file
+_FILES = "-opython_files=test_*.py *_test.py test.py tests.py"
 _GO_ON = "--continue-on-collection-errors"
 # whole test suites: minutes, and a report of megabytes
 _LIMITS = Limits(memory_mib=4096, processes=256, wall_s=600.0, output_bytes=128 << 20)
@@ -47,11 +49,11 @@ async def coverage(
     Raises InputError when the tests cannot be run.
     """
     probe = _PROBE.read_bytes()
-    stamp = hashlib.sha256(probe + repr(package).encode()).hexdigest()[:12]
+    stamp = hashlib.sha256(probe + repr((_FILES, package)).encode()).hexdigest()[:12]
     cached = cache_dir() / "coverage" / f"{package.name}-{package.version}-{stamp}.json"
     if not cached.is_file():
         ignored = [f"--ignore={path}" for path in package.skip]
-        argv = [interpreter(), "-S", "-", *_ARGUMENTS, _GO_ON, *ignored, *package.tests]
+        argv = [interpreter(), "-S", "-", *_ARGUMENTS, _FILES, _GO_ON, *ignored, *package.tests]
         tree = Tree(package.tree, {}, package.python_path)
         limits = replace(_LIMITS, wall_s=wall_s)
         async with LocalPool(1, limits, backend) as pool, pool.lease(tree) as sandbox:

@@ -25,7 +25,7 @@ from sandbox.patch import make_patch
 from sandbox.prove import prove
 from sandbox.shipped import group
 from sandbox.source import OUTSIDE, Code, FunctionSpan
-from sandbox.split import split
+from sandbox.split import ddmin, same_tests, split
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class MineLimits:
     """How much of a pair is looked at, and what a task may be."""
 
     suite_s: float = 240.0
+    test_s: float = 2.0
     tests: int = 6000
     hunks: int = 400
-    split_hunks: int = 80
-    split_runs: int = 160
+    split_runs: int = 240
     split_s: float = 120.0
-    pieces: int = 8
+    pieces: int = 24
+    pieces_s: float = 300.0
+    grow_runs: int = 40
     fail_to_pass: int = 16
     pass_to_pass: int = 24
     id_chars: int = 120
@@ -83,6 +85,18 @@ async def mine_pair(
     return record
 
 
+@dataclass
+class _Suite:
+    """Tests of a pair: those that pass on the newer source, those of them that fail on the older,
+    and which of those show bugs. `told`: the bugs, by the tests that show them, that are tasks."""
+
+    passing: list[str]
+    broken: set[str]
+    bugs: list[str]
+    measured: Coverage
+    told: set[frozenset[str]] = field(default_factory=set)
+
+
 class _Pair:
     def __init__(
         self, new: Package, old: Package, uploaded: str, limits: MineLimits, record: PairRecord
@@ -105,7 +119,9 @@ class _Pair:
         if len(hunks) > self.limits.hunks:
             raise InputError(f"{len(hunks)} hunks: more than a fix")
         measured = await coverage(self.new, pool.backend, self.limits.suite_s)
-        passing = [id for id in measured.seconds if self._usable(id)]
+        # a test of seconds is of no use in a sandbox that is to answer at once
+        quick = {id for id, seconds in measured.seconds.items() if seconds <= self.limits.test_s}
+        passing = [id for id in measured.seconds if id in quick and self._usable(id)]
         self.record.passing = len(passing)
         if len(passing) < 3:
             raise InputError(f"{len(passing)} of {measured.not_passed + len(passing)} tests pass")
@@ -131,70 +147,75 @@ class _Pair:
             self.record.status = "none"
             self.record.reason = f"{why} fails on the older source: {self.record.kinds}"
             return
+        suite = _Suite(passing, broken, bugs, measured)
         rows: list[Mined] = []
-        seen: set[str] = set()
-        for piece, operator in await self._pieces(sandbox, hunks, bugs, measured):
-            row = await self._task(sandbox, piece, operator, passing, broken, bugs, measured)
-            # the whole diff is no task beside a piece of it that the same tests tell
-            same = row is not None and any(row.f2p == other.f2p for other in rows)
-            if row is not None and row.sha256 not in seen and not (operator == "release" and same):
-                seen.add(row.sha256)
-                rows.append(row)
+        ends = time.monotonic() + self.limits.pieces_s
+        for alternatives in await self._pieces(sandbox, hunks, suite):
+            if time.monotonic() > ends:
+                self.record.pieces["out of time"] = 1
+                break
+            for piece in alternatives:
+                row = await self._task(sandbox, piece, hunks, suite)
+                if row is not None:
+                    rows.append(row)
+                    break
+        whole = await self._task(sandbox, tuple(hunks), hunks, suite)
+        rows += [whole] if whole is not None else []
         self.record.tasks = [row.record() for row in rows]
         self.record.status = "tasks" if rows else "none"
         self.record.reason = "" if rows else "no piece of the diff held in the proof"
 
     async def _pieces(
-        self, sandbox: Sandbox, hunks: list[Hunk], bugs: list[str], measured: Coverage
-    ) -> list[tuple[tuple[Hunk, ...], str]]:
-        """The independent fixes, smallest first, and the whole diff last."""
-        pieces: list[tuple[tuple[Hunk, ...], str]] = []
+        self, sandbox: Sandbox, hunks: list[Hunk], suite: _Suite
+    ) -> list[tuple[tuple[Hunk, ...], ...]]:
+        """The independent fixes, smallest first; each as what may be taken back for it, the most
+        likely first."""
+        if len(hunks) == 1:
+            return []
         ends = time.monotonic() + self.limits.split_s
 
         async def failing(some: Sequence[Hunk], tests: Sequence[str]) -> set[str]:
             if time.monotonic() > ends:
                 return set()
-            if len(some) == 1 and (executing := self._executing(some[0], measured)) is not None:
-                tests = [id for id in tests if id in executing]
+            if len(some) == 1:
+                tests = self._feeling(some[0], tests, suite.measured)
             if not tests:
                 return set()
             found = await self._cases(sandbox, some, tests)
             return {id for id, case in found.items() if case.outcome in ("failed", "error")}
 
-        if 1 < len(hunks) <= self.limits.split_hunks:
-            # one of each parametrised test is enough to tell the hunks apart
-            chosen = _one_of_each(bugs)[:60]
-            found = await split(hunks, chosen, failing, self.limits.split_runs)
-            small = sorted({p for p, _ in found}, key=lambda p: (len(p), sum(h.lines for h in p)))
-            self.record.pieces["found"] = len(small)
-            pieces = [(piece, "fix") for piece in small[: self.limits.pieces]]
-        whole = "fix" if len(hunks) == 1 else "release"
-        return [*pieces, (tuple(hunks), whole)]
+        # one of each parametrised test is enough to tell the hunks apart
+        chosen = _one_of_each(suite.bugs)[:60]
+        alone = [hunk for hunk in hunks if self._feeling(hunk, chosen, suite.measured)]
+        found = await split(hunks, alone, chosen, failing, self.limits.split_runs)
+        pieces = same_tests(found)
+        pieces.sort(key=lambda ways: (len(ways[0]), sum(hunk.lines for hunk in ways[0]), ways))
+        self.record.pieces["found"] = len(pieces)
+        return pieces[: self.limits.pieces]
 
     async def _task(
-        self,
-        sandbox: Sandbox,
-        piece: tuple[Hunk, ...],
-        operator: str,
-        passing: list[str],
-        broken: set[str],
-        bugs: list[str],
-        measured: Coverage,
+        self, sandbox: Sandbox, piece: tuple[Hunk, ...], hunks: list[Hunk], suite: _Suite
     ) -> Mined | None:
-        """The task of one piece, if it breaks nothing that the older release did not."""
+        """The task of one piece, if it breaks nothing that the older release did not, and if other
+        tests tell it than those before it."""
         counts = self.record.pieces
-        if operator == "release" or len(piece) == self.record.hunks:
-            failing = broken
-        else:
-            cases = await self._cases(sandbox, piece, passing)
-            failing = {id for id, case in cases.items() if case.outcome != "passed"}
-            if failing - broken:
+        if len(piece) < len(hunks):
+            failing, more = await self._failing(sandbox, piece, suite.passing, suite)
+            if more:
+                piece = await self._grown(sandbox, piece, hunks, more, suite)
+                failing, more = await self._failing(sandbox, piece, suite.passing, suite)
+            if len(piece) == len(hunks) or more:
                 counts["breaks more"] = counts.get("breaks more", 0) + 1
                 return None
-        wanted = [id for id in bugs if id in failing]
-        f2p = _spread_out(wanted, measured, self.limits.fail_to_pass)
-        rest = [id for id in passing if id not in failing]
-        p2p = self._near(piece, rest, measured)
+        else:
+            failing = suite.broken
+        wanted = [id for id in suite.bugs if id in failing]
+        if not wanted or frozenset(wanted) in suite.told:
+            counts["told already"] = counts.get("told already", 0) + 1
+            return None
+        f2p = _spread_out(wanted, suite.measured, self.limits.fail_to_pass)
+        rest = [id for id in suite.passing if id not in failing]
+        p2p = self._near(piece, rest, suite.measured)
         buggy = Tree(self.new.tree, self._buggy(piece), self.new.python_path)
         proof = await prove(sandbox, buggy, self.fixed, f2p, p2p, self.limits.repeat)
         self.record.dropped |= proof.dropped
@@ -202,7 +223,48 @@ class _Pair:
             counts["not proven"] = counts.get("not proven", 0) + 1
             return None
         counts["kept"] = counts.get("kept", 0) + 1
+        suite.told.add(frozenset(wanted))
+        operator = "release" if 1 < len(hunks) == len(piece) else "fix"
         return self._row(piece, operator, proof.fail_to_pass, proof.pass_to_pass, proof.seconds)
+
+    async def _failing(
+        self, sandbox: Sandbox, piece: Sequence[Hunk], tests: Sequence[str], suite: _Suite
+    ) -> tuple[set[str], set[str]]:
+        """The tests that fail with a piece taken back, and those of them that fail otherwise than
+        on the older release: they pass there, or show a bug there and here only a missing name."""
+        cases = await self._cases(sandbox, piece, tests)
+        failing = {id: case for id, case in cases.items() if case.outcome != "passed"}
+        bugs = set(suite.bugs)
+        more = {
+            id
+            for id, case in failing.items()
+            if id not in suite.broken or (id in bugs and kind(case, self.versions) != "bug")
+        }
+        return set(failing), more
+
+    async def _grown(
+        self,
+        sandbox: Sandbox,
+        piece: tuple[Hunk, ...],
+        hunks: list[Hunk],
+        more: set[str],
+        suite: _Suite,
+    ) -> tuple[Hunk, ...]:
+        """The piece with the fewest other hunks that have to go with it, so that the tests in
+        `more` end as they do on the older release.
+
+        Where a fix adds a function in one place and calls it in another, the one cannot be taken
+        back without the other.
+        """
+        others = [hunk for hunk in hunks if hunk not in piece]
+        tests = _one_of_each(sorted(more))[:20]
+
+        async def mended(some: Sequence[Hunk], same: Sequence[str]) -> set[str]:
+            _, still = await self._failing(sandbox, [*piece, *some], tests, suite)
+            return set() if still else {""}
+
+        added, _ = await ddmin(others, "", mended, self.limits.grow_runs)
+        return tuple(sorted([*piece, *added]))
 
     def _row(
         self,
@@ -254,16 +316,15 @@ class _Pair:
     ) -> dict[str, TestCase]:
         """Run tests with some hunks taken back.
 
-        Raises InputError if the run did not reach every test: one cut short looks as if all of the
-        rest failed. Of a few tests, those not reached are left out.
+        Raises InputError if the run was cut short: all of the rest would look as if it failed. Of
+        a few tests, those not reached are left out.
         """
         await sandbox.reset(Tree(self.new.tree, self._buggy(hunks), self.new.python_path))
         report = await sandbox.run_tests(tests, timeout_s=self.limits.suite_s)
-        if any(case.outcome == "missing" for case in report.cases):
-            if not hunks or len(tests) > 60:
-                raise InputError(
-                    f"the test run was cut short: {report.killed_by or report.exit_code}"
-                )
+        missing = any(case.outcome == "missing" for case in report.cases)
+        cut_short = report.killed_by or report.exit_code not in (0, 1)
+        if missing and cut_short and (not hunks or len(tests) > 60):
+            raise InputError(f"the test run was cut short: {report.killed_by or report.exit_code}")
         return {case.id: case for case in report.cases}
 
     def _kind(self, case: TestCase) -> str:
@@ -275,9 +336,9 @@ class _Pair:
         plain = id.isascii() and id.isprintable() and " at 0x" not in id and "0x7" not in id
         return plain and len(id) <= self.limits.id_chars and not looks_at_clock(id)
 
-    def _executing(self, hunk: Hunk, measured: Coverage) -> set[str] | None:
-        """Tests that execute the function whose body a hunk lies in; None if it lies in none, and
-        any test may feel it."""
+    def _feeling(self, hunk: Hunk, tests: Sequence[str], measured: Coverage) -> list[str]:
+        """Those of the tests that execute the function whose body a hunk lies in; all, if it lies
+        in none."""
         data = self.new_files[hunk.path]
         around = [
             (span, body)
@@ -285,10 +346,11 @@ class _Pair:
             if body <= hunk.new[0] + 1 and max(hunk.new[1], hunk.new[0] + 1) <= span.end_line
         ]
         if not around:
-            return None
+            return list(tests)
         # the outermost: nested functions are made, and decorated, when it runs
         line = min(span.line for span, _ in around)
-        return set(measured.tests.get((hunk.path, line), ()))
+        executing = set(measured.tests.get((hunk.path, line), ()))
+        return [id for id in tests if id in executing]
 
     def _near(self, piece: Collection[Hunk], tests: list[str], measured: Coverage) -> list[str]:
         """Tests to keep passing: half that execute the functions changed, half others, quick."""

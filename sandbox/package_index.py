@@ -24,6 +24,11 @@ from configs.errors import InputError
 if TYPE_CHECKING:
     from unearth import Link
 
+
+class IndexUnreachable(InputError):
+    """The index did not answer: no fact about any package."""
+
+
 MAX_ARCHIVE_BYTES = 64 << 20
 _ATTEMPTS = 3
 
@@ -162,7 +167,7 @@ class PackageIndex:
                     raise
                 except Exception as error:  # the client's error classes vary with unearth's version
                     if attempt == _ATTEMPTS:
-                        raise InputError(
+                        raise IndexUnreachable(
                             f"{what} could not be downloaded from {link.redacted}: {error}"
                         ) from error
             if digest != sha256:
@@ -246,7 +251,7 @@ class PackageIndex:
                 continue
             yield from ((package.link, package.version or "") for package in found)
         if failures:
-            raise InputError(f"could not reach the package index for {wanted}: {failures[0]}")
+            raise IndexUnreachable(f"could not reach the package index for {wanted}: {failures[0]}")
 
     def _stream(self, link: Link, part: Path, what: str) -> str:
         """Write the archive aside and return its SHA-256."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from configs.errors import InputError
 from sandbox.candidates import Candidate, Dated
 from sandbox.layout import metadata, package_of
-from sandbox.package_index import PackageIndex
+from sandbox.needs import imported_by_tests
+from sandbox.package_index import IndexUnreachable, PackageIndex
 from sandbox.packages import Package, Release, fetch
 from sandbox.wheels import Pin, have_wheels
 
@@ -33,7 +34,8 @@ def prepare(candidate: Candidate, dated: Dated, index: PackageIndex) -> Package:
     release = Release(candidate.name, dated.version, dated.sha256)
     fetch([release])
     package = package_of(release, candidate.split, candidate.skip)
-    pins = requirements_of(package.tree, dated.uploaded, candidate.extra, index)
+    wanted = imported_by_tests(package.tree, package.tests)
+    pins = requirements_of(package.tree, dated.uploaded, candidate.extra, index, wanted)
     if pins:
         path = (*package.python_path, ".requirements")
         package = replace(package, requirements=pins, python_path=path)
@@ -42,16 +44,30 @@ def prepare(candidate: Candidate, dated: Dated, index: PackageIndex) -> Package:
 
 
 def requirements_of(
-    root: Path, day: str, extra: Iterable[str], index: PackageIndex
+    root: Path, day: str, extra: Iterable[str], index: PackageIndex, wanted: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """Pins (`name==version --hash=sha256:…`) of the wheels that a release needs.
 
     For each requirement, and each of theirs, the newest release of that day (YYYY-MM-DD; "": any)
     which it allows. No backtracking: what does not go together shows in the tests. Raises
-    InputError for a need that no pure-Python wheel of the day meets.
+    InputError for a need that no pure-Python wheel of the day meets. Of what is `wanted`, too, that
+    which cannot be had is left out, with what it needs.
     """
-    waiting = _apply([*_declared(root), *extra])
-    pins: dict[str, Pin] = {}
+    pins = _resolve(_apply([*_declared(root), *extra]), {}, day, index)
+    for name in wanted:
+        try:
+            pins = _resolve(_apply([name]), pins, day, index)
+        except IndexUnreachable:
+            raise
+        except InputError:
+            continue
+    return tuple(str(pins[name]) for name in sorted(pins))
+
+
+def _resolve(
+    waiting: list[Requirement], known: dict[str, Pin], day: str, index: PackageIndex
+) -> dict[str, Pin]:
+    pins = dict(known)
     while waiting:
         requirement = waiting.pop(0)
         name = _plain(requirement.name)
@@ -66,7 +82,7 @@ def requirements_of(
         pins[name] = pin = _newest(requirement, day, index)
         have_wheels([str(pin)], index)
         waiting += _apply(_declared_by(pin.path), requirement.extras)
-    return tuple(str(pins[name]) for name in sorted(pins))
+    return pins
 
 
 def _newest(requirement: Requirement, day: str, index: PackageIndex) -> Pin:

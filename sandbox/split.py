@@ -16,19 +16,24 @@ Piece = tuple[tuple[Hunk, ...], set[str]]
 
 
 async def split(
-    hunks: Sequence[Hunk], tests: Sequence[str], failing: Failing, max_runs: int
+    hunks: Sequence[Hunk],
+    alone: Sequence[Hunk],
+    tests: Sequence[str],
+    failing: Failing,
+    max_runs: int,
 ) -> list[Piece]:
     """Small sets of hunks, each with the tests that fail when it is taken back.
 
-    A test may fail through several pieces. At most about `max_runs` calls of `failing`: when they
-    are used up, what is left unexplained stays so. One hunk alone needs no call.
+    `alone`: those of the hunks that may make a test fail by themselves. A test may fail through
+    several pieces. At most about `max_runs` calls of `failing`: when they are used up, what is left
+    unexplained stays so. One hunk alone needs no call.
     """
     if len(hunks) == 1:
         return [(tuple(hunks), set(tests))]
     runs = 0
     pieces: list[Piece] = []
     explained: set[str] = set()
-    for hunk in hunks:
+    for hunk in alone:
         if runs >= max_runs:
             return pieces
         runs += 1
@@ -49,6 +54,20 @@ async def split(
                 pieces.append((tuple(smallest), found))
             explained |= found | {test}
     return pieces
+
+
+def same_tests(pieces: Sequence[Piece]) -> list[tuple[tuple[Hunk, ...], ...]]:
+    """Pieces that make the same tests fail are one fix in several places: all of them together,
+    then, for where that does not hold, the two largest by themselves."""
+    groups: dict[frozenset[str], list[tuple[Hunk, ...]]] = {}
+    for piece, tests in pieces:
+        groups.setdefault(frozenset(tests), []).append(piece)
+    found = []
+    for parts in groups.values():
+        together = tuple(sorted({hunk for part in parts for hunk in part}))
+        singly = sorted(set(parts), key=lambda part: (-sum(hunk.lines for hunk in part), part))
+        found.append((together, *[part for part in singly if part != together][:2]))
+    return found
 
 
 async def ddmin(

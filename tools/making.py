@@ -19,7 +19,7 @@ from sandbox.base import SandboxBroken
 from sandbox.candidates import CANDIDATES, Candidate, read_candidates
 from sandbox.generate import Plan, fingerprints, generate
 from sandbox.local import LocalPool
-from sandbox.package_index import PackageIndex, pip_settings
+from sandbox.package_index import IndexUnreachable, PackageIndex, pip_settings
 from sandbox.packages import Package, fetch, load_packages
 from sandbox.pins import prepare
 from sandbox.shipped import Made, Row
@@ -140,10 +140,9 @@ def _find(candidate: Candidate, index: PackageIndex, out: Path) -> Package | Non
         try:
             package = prepare(candidate, dated, index)
             break
+        except IndexUnreachable:
+            raise
         except InputError as error:
-            # an index that cannot be reached is no fact about a package
-            if "could not reach" in str(error) or "could not be downloaded" in str(error):
-                raise
             refused[dated.version] = str(error)[:300]
     record = {"package": asdict(package) if package else None, "refused": refused}
     write_atomic(place, json.dumps(record) + "\n")

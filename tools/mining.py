@@ -28,12 +28,12 @@ from sandbox.candidates import (
 from sandbox.layout import package_of
 from sandbox.local import LocalPool
 from sandbox.mine import MineLimits, PairRecord, mine_pair, tasks_of
-from sandbox.package_index import PackageIndex, pip_settings
+from sandbox.package_index import IndexUnreachable, PackageIndex, pip_settings
 from sandbox.packages import Package, fetch
 from sandbox.pins import prepare
 from tools.progress import progress
 
-VERSION = 1  # of what a pair's record holds: another one is mined again
+VERSION = 2  # of what a pair's record holds: another one is mined again
 
 
 def add_mine(verbs: Any) -> argparse.ArgumentParser:
@@ -108,9 +108,9 @@ async def _one(pair: Pair, limits: MineLimits, index: PackageIndex, pool: LocalP
     """
     try:
         new, old = await asyncio.to_thread(_have, pair, index)
+    except IndexUnreachable:
+        raise
     except InputError as error:
-        if "could not reach" in str(error) or "could not be downloaded" in str(error):
-            raise
         record = PairRecord(pair.candidate.name, pair.old.version, pair.new.version)
         record.reason = str(error)[:300]
         return record

@@ -17,8 +17,9 @@ from sandbox.changelog import notes
 from sandbox.failures import kind
 from sandbox.hunks import Hunk, digest, hunks_between, take_back
 from sandbox.mined import Mined
+from sandbox.needs import imported_by_tests
 from sandbox.packages import load_packages
-from sandbox.split import ddmin, split
+from sandbox.split import ddmin, same_tests, split
 from sandbox.task_index import read_index
 from tests.sandbox.releases import sdist
 from tools import cli
@@ -97,15 +98,15 @@ CHANGES = "Changes\n=======\n\n1.1 (2020-05-05)\n-------\n- double() doubles\n\n
 META = "Metadata-Version: 2.1\nName: mini\nLicense-Expression: MIT\n"
 
 
-def archives(home: Path) -> list[Dated]:
+def archives(home: Path, old: str = OLD, new: str = NEW, tests: str = TESTS) -> list[Dated]:
     """Two releases in an index of its own."""
     page = home / "mini" / "index.html"
-    page.parent.mkdir(parents=True)
+    page.parent.mkdir(parents=True, exist_ok=True)
     found, links = [], []
-    for version, source in (("1.0", OLD), ("1.1", NEW)):
+    for version, source in (("1.0", old), ("1.1", new)):
         files = {
             "mini.py": source,
-            "tests/test_mini.py": TESTS if version == "1.1" else "def test_it():\n    pass\n",
+            "tests/test_mini.py": tests if version == "1.1" else "def test_it():\n    pass\n",
             "CHANGES.rst": CHANGES,
             "PKG-INFO": f"{META}Version: {version}\n",
         }
@@ -178,6 +179,102 @@ def test_two_bugs_are_told_apart_and_the_traps_are_not_fallen_into(
     assert "double() doubles" in told and "2 * x" not in told
     assert cli.main(["tasks", "stats", "--index", index, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source"] == {"release": len(rows)}
+
+
+SHAPES_OLD = """def area(w, h):
+    return w + h
+
+
+def volume(w, h, d):
+    return w + h + d
+
+
+def edge(x):
+    return x + 1
+"""
+SHAPES_NEW = """def _times(*all):
+    product = 1
+    for x in all:
+        product *= x
+    return product
+
+
+def area(w, h):
+    return _times(w, h)
+
+
+def volume(w, h, d):
+    return _times(w, h, d)
+
+
+def edge(x):
+    return x
+"""
+SHAPES_TESTS = """import datetime
+import mini
+import pytest
+
+
+def test_area():
+    assert mini.area(3, 5) == 15
+
+
+def test_volume():
+    assert mini.volume(2, 3, 5) == 30
+
+
+def test_small():
+    assert mini.area(2, 2) == 4
+
+
+def test_edge():
+    assert mini.edge(3) == 3
+
+
+@pytest.mark.parametrize("now", [str(datetime.datetime.now())])
+def test_another_name_each_time(now):
+    assert mini.area(2, 2) == 4
+"""
+
+
+def test_a_piece_takes_along_what_cannot_stay_without_it(listing: Path, tmp_path: Path) -> None:
+    """`_times` alone cannot go: `area` calls it, and the older release has a sum that works."""
+    releases = archives(tmp_path / "index", SHAPES_OLD, SHAPES_NEW, SHAPES_TESTS)
+    write_candidates(listing, [Candidate("mini", "train", tuple(releases))])
+    record = mine(listing, tmp_path / "out")
+    assert record["status"] == "tasks" and record["passing"] == 5, record
+    told = {
+        (row["operator"], sum(map(len, row["hunks"].values()))): row["f2p"]["tests/test_mini.py"]
+        for row in record["tasks"]
+    }
+    assert told == {
+        ("fix", 1): ["test_edge"],
+        ("fix", 3): ["test_area", "test_volume"],
+        ("release", 4): ["test_area", "test_edge", "test_volume"],
+    }
+
+
+def test_what_tests_import_and_settings_name_is_wanted(tmp_path: Path) -> None:
+    files = {
+        "src/mini/__init__.py": "import requests\n",
+        "tests/helper.py": "",
+        "tests/test_a.py": "import os, yaml, helper, mini, unheard_of\nfrom dateutil import tz\n",
+        "tests/sub/test_b.py": "def test_it():\n    import pytest_mock\n",
+        "tests/test_c.py": "not python",
+        "tox.ini": "deps =\n  pyyaml>=5\n  pytest_mock\n",
+        "setup.py": "setup(tests_require=['python-dateutil', 'requests', 'os'])",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    wanted = imported_by_tests(tmp_path, ["tests"])
+    assert wanted == ["pytest-mock", "python-dateutil", "pyyaml"]
+
+
+def test_pieces_that_the_same_tests_tell_are_one() -> None:
+    a, b, c, d, e = (Hunk("a.py", (i, i + 1 + i // 4), (i, i + 1)) for i in range(5))
+    pieces = [((a,), {"x"}), ((b,), {"x", "y"}), ((c,), {"x"}), ((d,), {"x"}), ((e,), {"x"})]
+    assert same_tests(pieces) == [((a, c, d, e), (e,), (a,)), ((b,),)]
 
 
 def test_a_mined_pair_is_not_mined_again(listing: Path, tmp_path: Path) -> None:
@@ -258,7 +355,7 @@ def test_split_finds_single_hunks_and_smallest_sets() -> None:
         there = {hunk.new[0] for hunk in some}
         return {test for test in tests if needed[test] <= there}
 
-    found = asyncio.run(split(hunks, list(needed), failing, 200))
+    found = asyncio.run(split(hunks, hunks, list(needed), failing, 200))
     assert [(tuple(h.new[0] for h in p), t) for p, t in found] == [
         ((3,), {"one"}),
         ((5,), {"either"}),
