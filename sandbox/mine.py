@@ -37,10 +37,10 @@ class MineLimits:
     tests: int = 6000
     hunks: int = 400
     split_runs: int = 240
-    split_s: float = 120.0
+    split_s: float = 60.0
     pieces: int = 24
-    pieces_s: float = 300.0
-    grow_runs: int = 40
+    pieces_s: float = 150.0
+    grow_runs: int = 24
     fail_to_pass: int = 16
     pass_to_pass: int = 24
     id_chars: int = 120
@@ -85,16 +85,22 @@ async def mine_pair(
     return record
 
 
+class _CutShort(InputError):
+    """A test run that did not reach every test."""
+
+
 @dataclass
 class _Suite:
     """Tests of a pair: those that pass on the newer source, those of them that fail on the older,
-    and which of those show bugs. `told`: the bugs, by the tests that show them, that are tasks."""
+    and which of those show bugs. `told`: the bugs, by the tests that show them, that are tasks.
+    `more`: pieces that make tests fail otherwise than the older release does, and those tests."""
 
     passing: list[str]
     broken: set[str]
     bugs: list[str]
     measured: Coverage
     told: set[frozenset[str]] = field(default_factory=set)
+    more: dict[tuple[Hunk, ...], set[str]] = field(default_factory=dict)
 
 
 class _Pair:
@@ -105,6 +111,7 @@ class _Pair:
         self.limits, self.record = limits, record
         self.fixed = Tree(new.tree, {}, new.python_path)
         self.versions = (new.version, old.version)
+        self._patience_s = limits.suite_s  # with one run of tests
 
     async def mine(self, pool: LocalPool) -> None:
         new_files, old_files = source_files(self.new), source_files(self.old)
@@ -134,7 +141,9 @@ class _Pair:
         self, sandbox: Sandbox, hunks: list[Hunk], passing: list[str], measured: Coverage
     ) -> None:
         # the suite again, with the runner that tasks are judged by; a test must pass here, too
+        began = time.monotonic()
         again = await self._cases(sandbox, [], passing)
+        self._patience_s = min(self.limits.suite_s, 10 + 5 * (time.monotonic() - began))
         passing = [id for id in passing if again[id].outcome == "passed"]
         cases = await self._cases(sandbox, hunks, passing)
         broken = {id for id, case in cases.items() if case.outcome != "passed"}
@@ -148,22 +157,41 @@ class _Pair:
             self.record.reason = f"{why} fails on the older source: {self.record.kinds}"
             return
         suite = _Suite(passing, broken, bugs, measured)
-        rows: list[Mined] = []
-        ends = time.monotonic() + self.limits.pieces_s
-        for alternatives in await self._pieces(sandbox, hunks, suite):
-            if time.monotonic() > ends:
-                self.record.pieces["out of time"] = 1
-                break
-            for piece in alternatives:
-                row = await self._task(sandbox, piece, hunks, suite)
-                if row is not None:
-                    rows.append(row)
-                    break
+        rows = await self._fixes(sandbox, hunks, suite)
         whole = await self._task(sandbox, tuple(hunks), hunks, suite)
         rows += [whole] if whole is not None else []
         self.record.tasks = [row.record() for row in rows]
         self.record.status = "tasks" if rows else "none"
         self.record.reason = "" if rows else "no piece of the diff held in the proof"
+
+    async def _fixes(self, sandbox: Sandbox, hunks: list[Hunk], suite: _Suite) -> list[Mined]:
+        """The tasks of the independent fixes: first of those that hold as they are, then of those
+        that take others along, which is dear, until the time for a pair is up."""
+        rows: list[Mined] = []
+        coupled: list[tuple[Hunk, ...]] = []
+        pieces = await self._pieces(sandbox, hunks, suite)
+        ends = time.monotonic() + self.limits.pieces_s
+        for ways in pieces:
+            for piece in ways:
+                if time.monotonic() > ends:
+                    self.record.pieces["out of time"] = 1
+                    return rows
+                row = await self._task(sandbox, piece, hunks, suite)
+                if row is not None:
+                    rows.append(row)
+                    break
+            else:
+                coupled += [ways[0]] if ways[0] in suite.more else []
+        for piece in coupled:
+            if time.monotonic() > ends:
+                self.record.pieces["out of time"] = 1
+                break
+            grown = await self._grown(sandbox, piece, hunks, suite)
+            row = (
+                await self._task(sandbox, grown, hunks, suite) if len(grown) < len(hunks) else None
+            )
+            rows += [row] if row is not None else []
+        return rows
 
     async def _pieces(
         self, sandbox: Sandbox, hunks: list[Hunk], suite: _Suite
@@ -200,11 +228,13 @@ class _Pair:
         tests tell it than those before it."""
         counts = self.record.pieces
         if len(piece) < len(hunks):
-            failing, more = await self._failing(sandbox, piece, suite.passing, suite)
-            if more:
-                piece = await self._grown(sandbox, piece, hunks, more, suite)
+            try:
                 failing, more = await self._failing(sandbox, piece, suite.passing, suite)
-            if len(piece) == len(hunks) or more:
+            except _CutShort:
+                counts["cut short"] = counts.get("cut short", 0) + 1
+                return None
+            if more:
+                suite.more[piece] = more
                 counts["breaks more"] = counts.get("breaks more", 0) + 1
                 return None
         else:
@@ -243,21 +273,16 @@ class _Pair:
         return set(failing), more
 
     async def _grown(
-        self,
-        sandbox: Sandbox,
-        piece: tuple[Hunk, ...],
-        hunks: list[Hunk],
-        more: set[str],
-        suite: _Suite,
+        self, sandbox: Sandbox, piece: tuple[Hunk, ...], hunks: list[Hunk], suite: _Suite
     ) -> tuple[Hunk, ...]:
-        """The piece with the fewest other hunks that have to go with it, so that the tests in
-        `more` end as they do on the older release.
+        """The piece with the fewest other hunks that have to go with it, so that the tests that it
+        breaks end as they do on the older release.
 
         Where a fix adds a function in one place and calls it in another, the one cannot be taken
         back without the other.
         """
         others = [hunk for hunk in hunks if hunk not in piece]
-        tests = _one_of_each(sorted(more))[:20]
+        tests = _one_of_each(sorted(suite.more[piece]))[:6]
 
         async def mended(some: Sequence[Hunk], same: Sequence[str]) -> set[str]:
             _, still = await self._failing(sandbox, [*piece, *some], tests, suite)
@@ -316,15 +341,15 @@ class _Pair:
     ) -> dict[str, TestCase]:
         """Run tests with some hunks taken back.
 
-        Raises InputError if the run was cut short: all of the rest would look as if it failed. Of
+        Raises _CutShort if the run was cut short: all of the rest would look as if it failed. Of
         a few tests, those not reached are left out.
         """
         await sandbox.reset(Tree(self.new.tree, self._buggy(hunks), self.new.python_path))
-        report = await sandbox.run_tests(tests, timeout_s=self.limits.suite_s)
+        report = await sandbox.run_tests(tests, timeout_s=self._patience_s)
         missing = any(case.outcome == "missing" for case in report.cases)
         cut_short = report.killed_by or report.exit_code not in (0, 1)
         if missing and cut_short and (not hunks or len(tests) > 60):
-            raise InputError(f"the test run was cut short: {report.killed_by or report.exit_code}")
+            raise _CutShort(f"the test run was cut short: {report.killed_by or report.exit_code}")
         return {case.id: case for case in report.cases}
 
     def _kind(self, case: TestCase) -> str:
@@ -403,7 +428,7 @@ def _one_of_each(tests: Sequence[str]) -> list[str]:
 
 def _spread_out(tests: Sequence[str], measured: Coverage, count: int) -> list[str]:
     """The quickest `count` tests, one of each parametrised test before a second one."""
-    quick = sorted(tests, key=lambda id: (measured.seconds.get(id, 0.0) > 0.5, len(id), id))
+    quick = sorted(tests, key=lambda id: (measured.seconds.get(id, 0.0) > 0.1, len(id), id))
     return _one_of_each(quick)[:count]
 
 
