@@ -62,6 +62,9 @@ class Release:
         """What is done once to a fresh tree: the wheels it needs are put beside it."""
         unpack_wheels(self.requirements, root)
 
+    def make_ready(self) -> None:
+        """What else its tree, which is in the cache, wants before tests are run in it."""
+
 
 @dataclass(frozen=True)
 class Package(Release):
@@ -79,10 +82,15 @@ class Package(Release):
     python_path: tuple[str, ...]
     skip: tuple[str, ...] = ()
 
-    def finish(self, root: Path) -> None:
-        """As above; then compile its modules and its tests, in a sandbox: every later test run is
-        faster."""
-        super().finish(root)
+    def make_ready(self) -> None:
+        """Compile its modules and its tests, in a sandbox, once: every later test run is faster.
+
+        Not while the tree is unpacked: it may have been there as a plain release, to be read.
+        """
+        root = self.tree
+        mark = root.with_name(f"{root.name}.compiled")
+        if mark.exists():
+            return
         tests: list[str] = []
         for entry in self.tests:
             found = sorted((root / entry).rglob("test_*.py")) or [root / entry]
@@ -96,6 +104,7 @@ class Package(Release):
         # the caller may have an event loop of its own
         with ThreadPoolExecutor(max_workers=1) as thread:
             thread.submit(asyncio.run, compile_all()).result()
+        write_atomic(mark, "")
 
 
 @cache
@@ -132,6 +141,7 @@ def fetch(
     missing = [release for release in wanted if not release.tree.is_dir()]
     for release in wanted:
         if release not in missing:
+            release.make_ready()
             done(release)
     if not missing:
         return
@@ -148,6 +158,7 @@ def fetch(
         if index is not None and release in absent:
             index.download(release.name, release.version, release.sha256, release.archive)
         unpack_sdist(release.archive, release.tree, release.finish)
+        release.make_ready()
         return release
 
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -166,6 +177,7 @@ def adopt(release: Release, archive: Path) -> None:
     Raises InputError when the copy is not the pinned file.
     """
     if release.tree.is_dir():
+        release.make_ready()
         return
     if not _cached(release):
         data = archive.read_bytes()
@@ -177,6 +189,7 @@ def adopt(release: Release, archive: Path) -> None:
             )
         write_atomic(release.archive, data)
     unpack_sdist(release.archive, release.tree, release.finish)
+    release.make_ready()
 
 
 def _cached(release: Release) -> bool:

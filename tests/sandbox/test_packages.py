@@ -65,7 +65,10 @@ def test_a_release_is_fetched_once_and_then_needs_no_index(index: Path) -> None:
     assert tree.is_dir()
 
 
-def test_a_package_of_our_index_is_compiled_with_its_tests(index: Path) -> None:
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_package_of_our_index_is_compiled_with_its_tests(index: Path, was_there: bool) -> None:
+    if was_there:  # as the older of two releases, to be read only
+        fetch([release()])
     package = Package(
         "mini", "1.0", release().sha256, "MIT", "train", ("src/mini",), ("tests",), ("src",)
     )
