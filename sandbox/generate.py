@@ -12,7 +12,7 @@ import ast
 import hashlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from configs.errors import InputError
@@ -27,7 +27,12 @@ from sandbox.trial import Trials
 MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
 MAX_TESTS_RUN, MAX_SECONDS_RUN, NEIGHBOURS = 40, 0.25, 4
 MAX_ID_CHARS = 90
-MAX_SLOW = 16  # functions whose tests are slow, none other seen, before a package is given up
+TOGETHER = 16  # functions whose tests are run together on the release
+MAX_SLOW = 16  # functions whose tests are slow, and less others, before a package is given up
+
+
+class TooSlow(InputError):
+    """A package whose tests take too much time to make tasks from."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ async def generate(
     """Yield proven tasks of one package; its release must be in the cache.
 
     `foreign` holds fingerprints of functions that belong to the other split: they are left alone.
-    Raises InputError where the tests cannot be run, or are too slow to make tasks from.
+    Raises InputError where the tests cannot be run; TooSlow, maybe after some tasks, where most
+    functions have slow tests.
     """
     measured = await coverage(package)
     rng = random.Random(f"{plan.seed}:{package.name}")
@@ -72,16 +78,17 @@ async def generate(
     rng.shuffle(targets)
     used: Counter[str] = Counter()
     left = plan.per_package[package.split]
-    slow, usable = 0, False
+    quick = slow = 0
     async with pool.lease(Tree(package.tree, {}, package.python_path)) as sandbox:
         trials = Trials(package, sandbox, plan.repeat)
         for round in range(plan.per_function):
-            for target in targets:
-                if round == 0 and left > 0:
-                    slow += not await _prepare(target, trials)
-                    usable = usable or bool(target.tests)
-                    if slow >= MAX_SLOW and not usable:
-                        raise InputError(f"{package.name}: a run of its tests takes too long")
+            for at, target in enumerate(targets):
+                if round == 0 and at % TOGETHER == 0 and left > 0:
+                    some = targets[at : at + TOGETHER]
+                    good = await _prepare(some, trials, plan.repeat)
+                    quick, slow = quick + good, slow + len(some) - good
+                    if slow >= MAX_SLOW and slow > quick:
+                        raise TooSlow(f"{package.name}: its tests take too long ({slow} functions)")
                 for _ in range(plan.attempts if target.tests else 0):
                     if left <= 0:
                         return
@@ -203,9 +210,22 @@ def _choose(
     return None
 
 
-async def _prepare(target: Target, trials: Trials) -> bool:
-    """Leave a target the tests that are steady on the release, or none; False if they are slow."""
-    steady = await trials.steady(target.tests + target.neighbours)
+async def _prepare(targets: Sequence[Target], trials: Trials, repeat: int) -> int:
+    """Leave each target the tests that are steady on the release, or none where they are slow.
+
+    Returns how many targets were not slow."""
+    quick = []
+    for target in targets:
+        if await _keep_steady(target, trials, 1):
+            quick.append(target)
+    every = {id for target in quick for id in target.tests + target.neighbours}
+    await trials.rehearse(sorted(every))
+    return sum([await _keep_steady(target, trials, repeat) for target in quick])
+
+
+async def _keep_steady(target: Target, trials: Trials, times: int) -> bool:
+    """Take out tests that were not seen to pass so often; all of them, and False, if slow."""
+    steady = await trials.steady(target.tests + target.neighbours, times)
     good = frozenset(steady or ())
     target.tests = [id for id in target.tests if id in good]
     target.neighbours = [id for id in target.neighbours if id in good]

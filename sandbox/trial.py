@@ -1,12 +1,13 @@
 """Whether a mutation makes a task: its tests run on the broken tree and on the release.
 
-What does not depend on the mutation is seen once: all tests of a function run together on the
-release before its first mutation (`steady`), and each selection of them that tasks name runs there
-once, however many tasks name it.
+What does not depend on the mutation is seen once. The tests of one function run together on the
+release before its first mutation (`steady`), those of several again and again (`rehearse`), and
+each selection of them that tasks name once, however many tasks name it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from sandbox.base import Sandbox, TestReport, Tree
 from sandbox.packages import Package
 
 MAX_FAIL_TO_PASS, MAX_PASS_TO_PASS = 12, 12
-DEADLINE_S = 3.0  # of wall time
+DEADLINE_S, REHEARSAL_S = 3.0, 60.0  # of wall time
 # A run's CPU time. Four runs make a task: slower ones would take more than a second for each.
 MAX_RUN_S = 0.25
 
@@ -31,7 +32,8 @@ class Proven:
 class Trials:
     """Mutations of one package, tried one after another in one sandbox.
 
-    `repeat`: how often each test of a task is seen to fail or pass on either tree, at least.
+    `repeat`: how often each test of a task is seen to do what it should on either tree, at least
+    once of them among that task's tests alone.
     """
 
     def __init__(self, package: Package, sandbox: Sandbox, repeat: int) -> None:
@@ -39,21 +41,48 @@ class Trials:
         self._sandbox = sandbox
         self._repeat = repeat
         self._pristine = Tree(package.tree, {}, package.python_path)
+        self._passes: Counter[str] = Counter()  # on the release, by test
+        self._wavering: set[str] = set()  # tests that did not pass there
         self._passing: dict[frozenset[str], TestReport | None] = {}
 
-    async def steady(self, tests: Sequence[str]) -> list[str] | None:
-        """Those of the tests that pass together on the release, every time, at least once; None if
-        they take too long."""
-        await self._sandbox.reset(self._pristine)
-        good = list(tests)
-        for _ in range(max(1, self._repeat - 1)):  # the run of a task's own tests is one more
-            if not good:
-                break
-            report = await self._run(good)
+    async def steady(self, tests: Sequence[str], times: int) -> list[str] | None:
+        """Those of the tests that pass on the release, together, and `times` times in all (runs
+        seen before count); None if they take too long."""
+        good = [id for id in tests if id not in self._wavering]
+        while good and not (
+            frozenset(good) in self._passing and min(self._passes[id] for id in good) >= times
+        ):
+            await self._sandbox.reset(self._pristine)
+            report = await self._run(good, MAX_RUN_S)
             if not _ended(report) or report.cpu_s > MAX_RUN_S:
                 return None
-            good = [case.id for case in report.cases if case.outcome == "passed"]
+            self._count(report)
+            if report.passed(good):
+                self._passing[frozenset(good)] = report
+            good = [id for id in good if id not in self._wavering]
         return good
+
+    async def rehearse(self, tests: Sequence[str]) -> None:
+        """Run tests of several functions together on the release, which is quicker, until each has
+        been seen there often enough; after a run that does not end by itself, no more."""
+        await self._sandbox.reset(self._pristine)
+        for _ in range(self._repeat):
+            few = [id for id in tests if self._passes[id] < self._repeat]
+            few = [id for id in few if id not in self._wavering]
+            if not few:
+                return
+            report = await self._sandbox.run_tests(few, timeout_s=REHEARSAL_S)
+            if not _ended(report):
+                return
+            self._count(report)
+
+    def _count(self, report: TestReport) -> None:
+        """Note what a run on the release says of its tests."""
+        for case in report.cases:
+            if case.outcome == "passed":
+                self._passes[case.id] += 1
+            else:
+                self._wavering.add(case.id)
 
     async def prove(
         self, module: str, buggy: bytes, tests: Sequence[str], neighbours: Sequence[str]
@@ -65,7 +94,7 @@ class Trials:
         await self._sandbox.reset(
             Tree(self._package.tree, {module: buggy}, self._package.python_path)
         )
-        first = await self._run([*tests, *neighbours])
+        first = await self._run([*tests, *neighbours], 2 * MAX_RUN_S)
         if not _ended(first) or not any(case.outcome == "failed" for case in first.cases):
             return None
         failing = [case.id for case in first.cases if case.outcome in ("failed", "error")]
@@ -76,7 +105,7 @@ class Trials:
         p2p = own + [id for id in passing if id in neighbours]
         slowest = 0.0
         for _ in range(self._repeat - 1):  # the first run was one of them
-            before = await self._run(f2p + p2p)
+            before = await self._run(f2p + p2p, MAX_RUN_S)
             if not _ended(before) or before.cpu_s > MAX_RUN_S or not before.passed(p2p):
                 return None
             if any(case.outcome not in ("failed", "error") for case in before.cases[: len(f2p)]):
@@ -92,14 +121,13 @@ class Trials:
         key = frozenset(tests)  # they run in file order
         if key not in self._passing:
             await self._sandbox.reset(self._pristine)
-            report = await self._run(tests)
+            report = await self._run(tests, MAX_RUN_S)
             good = report.passed(tests) and report.cpu_s <= MAX_RUN_S
             self._passing[key] = report if good else None
         return self._passing[key]
 
-    async def _run(self, tests: Sequence[str]) -> TestReport:
-        # one that is over MAX_RUN_S is told as such: a bug may make tests slower, if not endless
-        return await self._sandbox.run_tests(tests, timeout_s=DEADLINE_S, cpu_s=2 * MAX_RUN_S)
+    async def _run(self, tests: Sequence[str], cpu_s: float) -> TestReport:
+        return await self._sandbox.run_tests(tests, timeout_s=DEADLINE_S, cpu_s=cpu_s)
 
 
 def _ended(report: TestReport) -> bool:
