@@ -66,12 +66,13 @@ class Trials:
         """Run tests of several functions together on the release, which is quicker, until each has
         been seen there often enough; after a run that does not end by itself, no more."""
         await self._sandbox.reset(self._pristine)
-        for _ in range(self._repeat):
+        for round in range(self._repeat):
             few = [id for id in tests if self._passes[id] < self._repeat]
             few = [id for id in few if id not in self._wavering]
             if not few:
                 return
-            report = await self._sandbox.run_tests(few, timeout_s=REHEARSAL_S)
+            order = round or None  # the first in file order, then in random ones
+            report = await self._sandbox.run_tests(few, timeout_s=REHEARSAL_S, shuffle=order)
             if not _ended(report):
                 return
             self._count(report)
@@ -104,8 +105,10 @@ class Trials:
         own = [id for id in passing if id not in neighbours][:MAX_PASS_TO_PASS]
         p2p = own + [id for id in passing if id in neighbours]
         slowest = 0.0
-        for _ in range(self._repeat - 1):  # the first run was one of them
-            before = await self._run(f2p + p2p, MAX_RUN_S)
+        for round in range(1, self._repeat):  # the first run was one of them
+            # the last in a random order: state that a bug leaves behind hits other tests then
+            order = round if round == self._repeat - 1 else None
+            before = await self._run(f2p + p2p, MAX_RUN_S, order)
             if not _ended(before) or before.cpu_s > MAX_RUN_S or not before.passed(p2p):
                 return None
             if any(case.outcome not in ("failed", "error") for case in before.cases[: len(f2p)]):
@@ -126,8 +129,12 @@ class Trials:
             self._passing[key] = report if good else None
         return self._passing[key]
 
-    async def _run(self, tests: Sequence[str], cpu_s: float) -> TestReport:
-        return await self._sandbox.run_tests(tests, timeout_s=DEADLINE_S, cpu_s=cpu_s)
+    async def _run(
+        self, tests: Sequence[str], cpu_s: float, shuffle: int | None = None
+    ) -> TestReport:
+        return await self._sandbox.run_tests(
+            tests, timeout_s=DEADLINE_S, shuffle=shuffle, cpu_s=cpu_s
+        )
 
 
 def _ended(report: TestReport) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -118,3 +119,20 @@ def test_a_task_is_seen_as_often_as_asked(
     sandboxed(package, use)
     # three times on the release for both, three times with each bug
     assert runs == [(False, frozenset({ZERO, TYPE}))] * 3 + [(True, frozenset({ZERO, TYPE}))] * 6
+
+
+def test_a_bug_that_other_orders_show_otherwise_makes_no_task(package: Package) -> None:
+    # right for whoever comes first: in file order that is test_zero, every time
+    buggy = SOURCE.replace("return count", "seen.append(1)\n    return len(seen) - 1")
+    buggy = "seen = []\n" + buggy.replace("(count):", "(count, seen=seen):")
+    tests = TESTS.replace("isinstance(countdown(2), int)", "countdown(2) == 0")
+    tests = tests.replace(" and random.random() < 0.5", "")
+    (package.tree / "test_mini.py").write_text(tests)
+
+    async def use(sandbox: LeasedSandbox) -> None:
+        trials = Trials(package, sandbox, repeat=2)
+        assert await trials.steady([ZERO, TYPE, FLAKY], 2) == [ZERO, TYPE, FLAKY]
+        assert await trials.prove("mini.py", buggy.encode(), [ZERO, TYPE, FLAKY], []) is None
+
+    assert random.Random(1).sample([TYPE, FLAKY, ZERO], 3)[0] != ZERO
+    sandboxed(package, use)
