@@ -83,7 +83,8 @@ class TestReport:
     """A test run: one case for every id asked for, in that order, `missing` where none was seen.
 
     `exit_code` is pytest's (0 all passed, 1 some failed, …), or -N when signal N ended it. `tail`
-    is the end of the output, at most 2,000 characters, for errors outside any test.
+    is the end of the output, at most 2,000 characters, for errors outside any test. `seconds` are
+    of wall time; `cpu_s` is the CPU time of the run's process and of those it waited for.
     """
 
     __test__ = False
@@ -94,6 +95,7 @@ class TestReport:
     killed_by: KilledBy | None
     seconds: float
     tail: str
+    cpu_s: float = 0.0
 
     def passed(self, ids: Iterable[str]) -> bool:
         """Whether the run ended by itself and every one of `ids` was run and passed."""
@@ -126,10 +128,17 @@ class Sandbox(Protocol):
         ...
 
     async def run_tests(
-        self, ids: Sequence[str], *, timeout_s: float | None = None, shuffle: int | None = None
+        self,
+        ids: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        shuffle: int | None = None,
+        cpu_s: float | None = None,
     ) -> TestReport:
         """Run these pytest ids (relative to the tree's root), in one process, in file order; or,
-        with a seed to `shuffle` by, in a random order across files."""
+        with a seed to `shuffle` by, in a random order across files. A process that has used `cpu_s`
+        seconds of CPU time ends there (SIGPROF): of a loop without end, that tells sooner than
+        wall time, and the same on a busy machine."""
         ...
 
     async def read(self, path: str) -> bytes:

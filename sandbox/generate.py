@@ -3,6 +3,7 @@
 For each package: measure which tests execute which functions, walk over the functions in a seeded
 order, mutate each a few times with the operators that are rarest so far, and run the tests that
 execute it. A bug is kept when some of them fail that pass on the release, every time, and quickly.
+A function is left when as many mutations as are tried in one round have given nothing.
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ import ast
 import hashlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from configs.errors import InputError
-from sandbox.base import Sandbox, SandboxPool, TestReport, Tree
+from sandbox.base import SandboxPool, Tree
 from sandbox.coverage import Coverage, coverage
 from sandbox.mutate import Edit, FunctionSpan, apply, can_be_undone, functions, mutations
 from sandbox.packages import Package
 from sandbox.shipped import Row, group, task_name
 from sandbox.source import Code
+from sandbox.trial import Trials
 
 MIN_LINES, MAX_LINES, MAX_CHARS = 4, 28, 1100
-MAX_TESTS_RUN, MAX_SECONDS_RUN, MAX_RUN_S = 40, 0.25, 0.5
-MAX_FAIL_TO_PASS, MAX_PASS_TO_PASS, NEIGHBOURS = 12, 12, 4
+MAX_TESTS_RUN, MAX_SECONDS_RUN, NEIGHBOURS = 40, 0.25, 4
 MAX_ID_CHARS = 90
-DEADLINE_S = 3.0
+TOGETHER = 16  # functions whose tests are run together on the release
+MAX_SLOW = 16  # functions whose tests are slow, and less others, before a package is given up
+
+
+class TooSlow(InputError):
+    """A package whose tests take too much time to make tasks from."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Plan:
 
 @dataclass
 class Target:
-    """A function to be mutated, its mutations not yet tried, and the tests that execute it."""
+    """A function to be mutated, its mutations not yet tried, and the tests that execute it (none
+    once it is given up)."""
 
     module: str
     span: FunctionSpan
@@ -53,7 +60,6 @@ class Target:
     edits: list[tuple[int, Edit]]
     tests: list[str]
     neighbours: list[str]
-    made: int = 0
     lines: set[int] = field(default_factory=set)
 
 
@@ -63,6 +69,8 @@ async def generate(
     """Yield proven tasks of one package; its release must be in the cache.
 
     `foreign` holds fingerprints of functions that belong to the other split: they are left alone.
+    Raises InputError where the tests cannot be run; TooSlow, maybe after some tasks, where most
+    functions have slow tests.
     """
     measured = await coverage(package)
     rng = random.Random(f"{plan.seed}:{package.name}")
@@ -70,24 +78,32 @@ async def generate(
     rng.shuffle(targets)
     used: Counter[str] = Counter()
     left = plan.per_package[package.split]
-    pristine = Tree(package.tree, {}, package.python_path)
-    async with pool.lease(pristine) as sandbox:
-        for _ in range(plan.per_function):
-            for target in targets:
-                for _ in range(plan.attempts):
+    quick = slow = 0
+    async with pool.lease(Tree(package.tree, {}, package.python_path)) as sandbox:
+        trials = Trials(package, sandbox, plan.repeat)
+        for round in range(plan.per_function):
+            for at, target in enumerate(targets):
+                if round == 0 and at % TOGETHER == 0 and left > 0:
+                    some = targets[at : at + TOGETHER]
+                    good = await _prepare(some, trials, plan.repeat)
+                    quick, slow = quick + good, slow + len(some) - good
+                    if slow >= MAX_SLOW and slow > quick:
+                        raise TooSlow(f"{package.name}: its tests take too long ({slow} functions)")
+                for _ in range(plan.attempts if target.tests else 0):
                     if left <= 0:
                         return
                     choice = _choose(target, used, plan, rng)
                     if choice is None:
                         break
-                    row = await _try(package, target, *choice, plan, pristine, sandbox)
+                    row = await _try(package, target, *choice, plan, trials)
+                    target.lines.add(choice[1].line)
                     if row is not None:
                         used[row.operator] += 1
-                        target.made += 1
-                        target.lines.add(choice[1].line)
                         left -= 1
                         yield row
                         break
+                else:
+                    target.tests = []  # what they did not notice so often, they will not
 
 
 def fingerprints(packages: Iterable[Package]) -> set[str]:
@@ -177,7 +193,7 @@ def _quickest(ids: Iterable[str], measured: Coverage, count: int, seconds: float
 def _choose(
     target: Target, used: Counter[str], plan: Plan, rng: random.Random
 ) -> tuple[int, Edit] | None:
-    """Take an untried mutation: of the operator used least, on a line not yet mutated."""
+    """Take an untried mutation: of the operator used least, on a line not yet tried."""
     while target.edits:
         rank = {edit.operator: (used[edit.operator], rng.random()) for _, edit in target.edits}
         at = min(
@@ -194,44 +210,35 @@ def _choose(
     return None
 
 
+async def _prepare(targets: Sequence[Target], trials: Trials, repeat: int) -> int:
+    """Leave each target the tests that are steady on the release, or none where they are slow.
+
+    Returns how many targets were not slow."""
+    quick = []
+    for target in targets:
+        if await _keep_steady(target, trials, 1):
+            quick.append(target)
+    every = {id for target in quick for id in target.tests + target.neighbours}
+    await trials.rehearse(sorted(every))
+    return sum([await _keep_steady(target, trials, repeat) for target in quick])
+
+
+async def _keep_steady(target: Target, trials: Trials, times: int) -> bool:
+    """Take out tests that were not seen to pass so often; all of them, and False, if slow."""
+    steady = await trials.steady(target.tests + target.neighbours, times)
+    good = frozenset(steady or ())
+    target.tests = [id for id in target.tests if id in good]
+    target.neighbours = [id for id in target.neighbours if id in good]
+    return steady is not None
+
+
 async def _try(
-    package: Package,
-    target: Target,
-    ordinal: int,
-    edit: Edit,
-    plan: Plan,
-    pristine: Tree,
-    sandbox: Sandbox,
+    package: Package, target: Target, ordinal: int, edit: Edit, plan: Plan, trials: Trials
 ) -> Row | None:
     """The task of one mutation, if it is a good one."""
     buggy = apply(target.source, edit).encode()
-    broken = Tree(package.tree, {target.module: buggy}, package.python_path)
-    tests = target.tests + target.neighbours
-    await sandbox.reset(broken)
-    first = await sandbox.run_tests(tests, timeout_s=DEADLINE_S)
-    if not _ended(first) or not any(case.outcome == "failed" for case in first.cases):
-        return None
-    failing = [case.id for case in first.cases if case.outcome in ("failed", "error")]
-    passing = [case.id for case in first.cases if case.outcome == "passed"]
-    # short names first: the instruction shows a few of them
-    f2p = sorted(failing, key=lambda id: (len(id), id))[:MAX_FAIL_TO_PASS]
-    own = [id for id in passing if id not in target.neighbours][:MAX_PASS_TO_PASS]
-    p2p = own + [id for id in passing if id in target.neighbours]
-    slowest = 0.0
-    for _ in range(plan.repeat - 1):  # the first run was one of them
-        before = await sandbox.run_tests(f2p + p2p, timeout_s=DEADLINE_S)
-        if not _ended(before) or not before.passed(p2p):
-            return None
-        if any(case.outcome not in ("failed", "error") for case in before.cases[: len(f2p)]):
-            return None
-        slowest = max(slowest, before.seconds)
-    await sandbox.reset(pristine)
-    for _ in range(plan.repeat):
-        after = await sandbox.run_tests(f2p + p2p, timeout_s=DEADLINE_S)
-        if not after.passed(f2p + p2p):
-            return None
-        slowest = max(slowest, after.seconds)
-    if slowest > MAX_RUN_S:
+    proven = await trials.prove(target.module, buggy, target.tests, target.neighbours)
+    if proven is None:
         return None
     digest = hashlib.sha256(buggy).hexdigest()
     return Row(
@@ -244,14 +251,8 @@ async def _try(
         operator=edit.operator,
         ordinal=ordinal,
         sha256=digest,
-        f2p=group(f2p),
-        p2p=group(p2p),
+        f2p=group(proven.fail_to_pass),
+        p2p=group(proven.pass_to_pass),
         repeat=plan.repeat,
-        seconds=round(slowest, 3),
+        seconds=round(proven.seconds, 3),
     )
-
-
-def _ended(report: TestReport) -> bool:
-    """The run ended by itself and every test was seen."""
-    seen = all(case.outcome != "missing" for case in report.cases)
-    return seen and not report.timed_out and report.killed_by is None

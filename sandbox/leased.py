@@ -69,10 +69,15 @@ class LeasedSandbox:
         )
 
     async def run_tests(
-        self, ids: Sequence[str], *, timeout_s: float | None = None, shuffle: int | None = None
+        self,
+        ids: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        shuffle: int | None = None,
+        cpu_s: float | None = None,
     ) -> TestReport:
         """Run these pytest ids (relative to the tree's root), in one process, in file order; or,
-        with a seed to `shuffle` by, in a random order across files."""
+        with a seed to `shuffle` by, in a random order across files; within `cpu_s`, if given."""
         tree, ids = self._leased(), list(dict.fromkeys(ids))
         if not ids:
             return TestReport((), 0, False, None, 0.0, "")
@@ -93,6 +98,7 @@ class LeasedSandbox:
                 "op": "test",
                 "ids": ids if shuffle is None else random.Random(shuffle).sample(ids, len(ids)),
                 "shuffled": shuffle is not None,
+                "cpu_s": cpu_s,
                 "python_path": list(tree.python_path),
             }
             self._commands_ran = True  # should this be cancelled before it is tidied up

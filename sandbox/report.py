@@ -40,6 +40,7 @@ def read_report(answer: Mapping[str, Any], ids: Sequence[str]) -> TestReport:
         killed_by=killed_by,
         seconds=answer["seconds"],
         tail=answer["tail"][-MAX_TEXT:],
+        cpu_s=answer.get("cpu_s", 0.0),
     )
 
 

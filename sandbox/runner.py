@@ -234,7 +234,8 @@ class Runner:
             return report.seen > MAX_REPORT_BYTES or output.seen > MAX_TEST_OUTPUT
 
         self._wipe()
-        end = self._supervise(child, (report, output), overflows, request["wall_s"])
+        cpu_s = request.get("cpu_s")
+        end = self._supervise(child, (report, output), overflows, request["wall_s"], cpu_s)
         self._wipe()
         lines = report.text().splitlines()
         ahead: list[str] = []
@@ -278,8 +279,11 @@ class Runner:
         pipes: Sequence[Pipe],
         overflows: Callable[[], bool],
         wall_s: float,
+        cpu_s: float | None = None,
     ) -> dict[str, Any]:
-        """Fork `child`, read `pipes` until it ends or breaks a limit, then kill what is left."""
+        """Fork `child`, read `pipes` until it ends or breaks a limit, then kill what is left.
+
+        `cpu_s`: CPU time after which the kernel ends the child, by SIGPROF."""
         began = time.monotonic()
         every = TICK_S if os.getuid() else ROOT_TICK_S
         deadline, tick = began + wall_s, began + every
@@ -288,6 +292,8 @@ class Runner:
         pid = os.fork()
         if pid == 0:
             self._enter_child(wall_s, processes_limit)
+            if cpu_s is not None:
+                signal.setitimer(signal.ITIMER_PROF, cpu_s)
             child()
         for pipe in pipes:
             os.close(pipe.child_fd)
@@ -317,7 +323,7 @@ class Runner:
                 killed_by = self._over_limit(disk_before)
                 tick = time.monotonic() + every
         os.close(ended)
-        status, peak = clear(pid, running)
+        status, peak, used_s = clear(pid, running)
         for pipe in pipes:
             while pipe.read() and not overflows():
                 pass
@@ -329,7 +335,8 @@ class Runner:
             killed_by = "memory"
         if killed_by is None and code:  # it may have been quicker than our look
             killed_by = self._over_limit(disk_before)
-        return {"exit_code": code, "killed_by": killed_by, "seconds": time.monotonic() - began}
+        seconds = time.monotonic() - began
+        return {"exit_code": code, "killed_by": killed_by, "seconds": seconds, "cpu_s": used_s}
 
     def _enter_child(self, wall_s: float, processes_limit: int) -> None:
         for fd in {self._channel, self._answers}:
@@ -408,25 +415,27 @@ def signal_one(pid: int, number: signal.Signals) -> None:
         pass
 
 
-def clear(pid: int, running: bool) -> tuple[int, int]:
+def clear(pid: int, running: bool) -> tuple[int, int, float]:
     """Kill whatever there is, the child `pid` too if it is still `running`, and wait for it all.
 
-    Returns the wait status of `pid`, and the largest memory of any child, in bytes.
+    Returns the wait status of `pid`, the largest memory of any child, in bytes, and the CPU time
+    of them all, in seconds.
     """
-    status, peak = 0, 0
+    status, peak, used_s = 0, 0, 0.0
     if not running:
         _, status, usage = os.wait4(pid, 0)
-        peak = usage.ru_maxrss << 10
+        peak, used_s = usage.ru_maxrss << 10, usage.ru_utime + usage.ru_stime
         if not has_children():
-            return status, peak  # it left nothing behind, as most do
+            return status, peak, used_s  # it left nothing behind, as most do
     kill_all()
     while True:
         try:
             ended, ended_status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
-            return status, peak
+            return status, peak, used_s
         if ended:
             peak = max(peak, usage.ru_maxrss << 10)
+            used_s += usage.ru_utime + usage.ru_stime
             if ended == pid:
                 status = ended_status
         else:

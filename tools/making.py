@@ -17,7 +17,7 @@ from configs.errors import InputError
 from configs.files import append_jsonl, write_atomic, write_jsonl
 from sandbox.base import SandboxBroken
 from sandbox.candidates import CANDIDATES, Candidate, read_candidates
-from sandbox.generate import Plan, fingerprints, generate
+from sandbox.generate import Plan, TooSlow, fingerprints, generate
 from sandbox.local import LocalPool
 from sandbox.package_index import IndexUnreachable, PackageIndex, pip_settings
 from sandbox.packages import Package, fetch, load_packages
@@ -191,7 +191,7 @@ async def _make(
                             total += 1
                             tell(package.name)
                     except (InputError, SandboxBroken, RecursionError) as error:
-                        if options.packages_from == PINNED:
+                        if options.packages_from == PINNED and not isinstance(error, TooSlow):
                             raise
                         write_atomic(refused, f"{error}\n")
                     part.rename(whole)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sandbox.coverage import coverage
-from sandbox.generate import Plan, fingerprints, generate
+from sandbox.generate import Plan, TooSlow, fingerprints, generate
 from sandbox.local import LocalPool
 from sandbox.mutate import apply, mutations
 from sandbox.packages import Package, adopt
@@ -140,3 +141,27 @@ def test_code_of_the_other_split_is_left_alone(package: Package, tmp_path: Path)
 def test_a_limit_is_kept(package: Package) -> None:
     rows = asyncio.run(make(package, Plan(per_package={"train": 2}, repeat=1)))
     assert len(rows) == 2 and all(row.repeat == 1 for row in rows)
+
+
+def test_the_same_plan_gives_the_same_tasks(package: Package, tmp_path: Path) -> None:
+    archive = tmp_path / "certain.tar.gz"
+    certain = TESTS.partition("def test_flaky")[0]
+    archive.write_bytes(sdist({**FILES, "mini/tests/test_mini.py": certain}))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    other = replace(package, name="certain", sha256=digest)
+    adopt(other, archive)
+
+    def made() -> list[Row]:
+        rows = asyncio.run(make(other, Plan(per_function=3, repeat=2)))
+        return [replace(row, seconds=0.0) for row in rows]
+
+    assert made() == made() != []
+
+
+def test_a_package_with_slow_tests_is_given_up(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox.generate.MAX_SLOW", 1)
+    monkeypatch.setattr("sandbox.trial.MAX_RUN_S", 0.001)
+    with pytest.raises(TooSlow, match="mini"):
+        asyncio.run(make(package, Plan()))
