@@ -32,11 +32,13 @@ class Coverage:
       seconds: time of each passing test, by pytest id.
       tests: ids of the passing tests that execute the function whose first line (from 1,
         decorators counted in) is that line of that file; by (path, line).
+      imported: functions, likewise, that are executed before any test, by imports and collection.
     """
 
     seconds: dict[str, float]
     tests: dict[tuple[str, int], list[str]]
     not_passed: int
+    imported: frozenset[tuple[str, int]] = frozenset()
 
 
 async def coverage(
@@ -70,4 +72,6 @@ async def coverage(
             path, line = measured["functions"][index]
             tests.setdefault((path, line), []).append(id)
     seconds = {id: test["seconds"] for id, test in good.items()}
-    return Coverage(seconds, tests, len(measured["tests"]) - len(good))
+    places = (measured["functions"][index] for index in measured["imported"])
+    imported = frozenset((path, line) for path, line in places)
+    return Coverage(seconds, tests, len(measured["tests"]) - len(good), imported)

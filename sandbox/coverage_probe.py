@@ -2,7 +2,8 @@
 
 Runs inside a sandbox, read from standard input: `python - [pytest arguments]`, in the tree's root.
 Prints one JSON object: `functions` [[path, first line]], `tests` {id: {outcome, seconds,
-functions: [index]}}.
+functions: [index]}}, `imported` [index]: those executed before any test, when modules were imported
+and tests collected.
 """
 
 import json
@@ -22,24 +23,30 @@ class Probe:
     def __init__(self) -> None:
         self.tests: dict[str, dict] = {}
         self.functions: dict[tuple[str, int], int] = {}
+        self._imported: set[CodeType] = set()
+
+    def watch_imports(self) -> None:
+        """Note what is executed from now on until the first test."""
+        trace_calls(self._imported)
+
+    def imported(self) -> list[int]:
+        return self._places(self._imported)
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         seen: set[CodeType] = set()
-
-        def enter(frame: FrameType, event: str, arg: object) -> None:
-            # no local trace function: lines are not traced, only calls
-            seen.add(frame.f_code)
-
         record = self.tests.setdefault(item.nodeid, {"outcome": "missing"})
         began = time.perf_counter()
-        sys.settrace(enter)
-        threading.settrace(enter)
+        trace_calls(seen)
         yield
         sys.settrace(None)
         threading.settrace(None)
         record["seconds"] = round(time.perf_counter() - began, 4)
-        record["functions"] = sorted(
+        record["functions"] = self._places(seen)
+
+    def _places(self, seen: set[CodeType]) -> list[int]:
+        """Those of the tree, by their number."""
+        return sorted(
             self.functions.setdefault(
                 (code.co_filename.removeprefix(ROOT), code.co_firstlineno), len(self.functions)
             )
@@ -57,14 +64,27 @@ class Probe:
             record["outcome"] = "passed"
 
 
+def trace_calls(seen: set[CodeType]) -> None:
+    """Put the code of every call from now on into `seen`."""
+
+    def enter(frame: FrameType, event: str, arg: object) -> None:
+        # no local trace function: lines are not traced, only calls
+        seen.add(frame.f_code)
+
+    sys.settrace(enter)
+    threading.settrace(enter)
+
+
 def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)
     probe = Probe()
+    probe.watch_imports()
     pytest.main(sys.argv[1:], plugins=[probe])
+    imported = probe.imported()
     functions = sorted(probe.functions, key=lambda key: probe.functions[key])
     with os.fdopen(answer, "w") as file:
-        json.dump({"functions": functions, "tests": probe.tests}, file)
+        json.dump({"functions": functions, "tests": probe.tests, "imported": imported}, file)
 
 
 main()

@@ -272,7 +272,9 @@ class _Pair:
     ) -> tuple[set[str], set[str]]:
         """The tests that fail with a piece taken back, and those of them that fail otherwise than
         on the older release: they pass there, or show a bug there and here only a missing name."""
-        cases = await self._cases(sandbox, piece, tests)
+        feeling = {id for hunk in piece for id in self._feeling(hunk, tests, suite.measured)}
+        tests = [id for id in tests if id in feeling]
+        cases = await self._cases(sandbox, piece, tests) if tests else {}
         failing = {id: case for id, case in cases.items() if case.outcome != "passed"}
         bugs = set(suite.bugs)
         more = {
@@ -373,7 +375,7 @@ class _Pair:
 
     def _feeling(self, hunk: Hunk, tests: Sequence[str], measured: Coverage) -> list[str]:
         """Those of the tests that execute the function whose body a hunk lies in; all, if it lies
-        in none."""
+        in none, or in one that is executed when modules are imported."""
         data = self.new_files[hunk.path]
         around = [
             (span, body)
@@ -384,6 +386,8 @@ class _Pair:
             return list(tests)
         # the outermost: nested functions are made, and decorated, when it runs
         line = min(span.line for span, _ in around)
+        if (hunk.path, line) in measured.imported:
+            return list(tests)
         executing = set(measured.tests.get((hunk.path, line), ()))
         return [id for id in tests if id in executing]
 
