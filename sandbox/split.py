@@ -12,7 +12,7 @@ from sandbox.hunks import Hunk
 
 # which of the tests asked for fail with these hunks taken back
 Failing = Callable[[Sequence[Hunk], Sequence[str]], Awaitable[set[str]]]
-Piece = tuple[tuple[Hunk, ...], set[str]]
+Found = tuple[tuple[Hunk, ...], set[str]]
 
 
 async def split(
@@ -21,7 +21,7 @@ async def split(
     tests: Sequence[str],
     failing: Failing,
     max_runs: int,
-) -> list[Piece]:
+) -> list[Found]:
     """Small sets of hunks, each with the tests that fail when it is taken back.
 
     `alone`: those of the hunks that may make a test fail by themselves. A test may fail through
@@ -31,7 +31,7 @@ async def split(
     if len(hunks) == 1:
         return [(tuple(hunks), set(tests))]
     runs = 0
-    pieces: list[Piece] = []
+    pieces: list[Found] = []
     explained: set[str] = set()
     for hunk in alone:
         if runs >= max_runs:
@@ -56,7 +56,7 @@ async def split(
     return pieces
 
 
-def same_tests(pieces: Sequence[Piece]) -> list[tuple[tuple[Hunk, ...], ...]]:
+def same_tests(pieces: Sequence[Found]) -> list[tuple[tuple[Hunk, ...], ...]]:
     """Pieces that make the same tests fail are one fix in several places: all of them together,
     then, for where that does not hold, the two largest by themselves."""
     groups: dict[frozenset[str], list[tuple[Hunk, ...]]] = {}

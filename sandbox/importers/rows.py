@@ -25,9 +25,9 @@ from sandbox.importers.carried import (
     read_commit,
     read_folder,
 )
-from sandbox.mine import function_at
 from sandbox.mutate import functions
 from sandbox.patch import BeyondText, apply_patch, make_patch, parse_patch
+from sandbox.taken_back import function_at
 from sandbox.task import ALWAYS_PROTECTED, Task
 from sandbox.wheels import FOLDER as REQUIREMENTS
 
