@@ -73,14 +73,15 @@ class Mined:
     def releases(self) -> tuple[Release, Release]:
         """The newer release, ready for tests, and the older one."""
         known = load_packages().get(self.package)
-        if known is not None and known.sha256 == self.sdist_sha256:
+        pins = tuple(self.requirements)
+        if known is not None and (known.sha256, known.requirements) == (self.sdist_sha256, pins):
             newer: Release = known
         else:
             newer = Package(
                 name=self.package,
                 version=self.version,
                 sha256=self.sdist_sha256,
-                requirements=tuple(self.requirements),
+                requirements=pins,
                 licence=self.licence,
                 split=self.split,
                 source=tuple(self.package_source),

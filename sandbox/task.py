@@ -98,9 +98,10 @@ class Task:
             carried=self.origin == "carried",
         )
         known = load_packages().get(self.package)
-        same = known is not None and (known.version, known.sha256) == (
+        same = known is not None and (known.version, known.sha256, known.requirements) == (
             self.version,
             self.sdist_sha256,
+            self.requirements,
         )
         return known if known is not None and same else release
 
