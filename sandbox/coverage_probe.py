@@ -30,6 +30,7 @@ class Probe:
         trace_calls(self._imported)
 
     def imported(self) -> list[int]:
+        stop_tracing()  # no test did, where none was run
         return self._places(self._imported)
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
@@ -39,8 +40,7 @@ class Probe:
         began = time.perf_counter()
         trace_calls(seen)
         yield
-        sys.settrace(None)
-        threading.settrace(None)
+        stop_tracing()
         record["seconds"] = round(time.perf_counter() - began, 4)
         record["functions"] = self._places(seen)
 
@@ -73,6 +73,11 @@ def trace_calls(seen: set[CodeType]) -> None:
 
     sys.settrace(enter)
     threading.settrace(enter)
+
+
+def stop_tracing() -> None:
+    sys.settrace(None)
+    threading.settrace(None)
 
 
 def main() -> None:

@@ -75,15 +75,19 @@ def test_flaky():
 FILES = {"mini/__init__.py": SOURCE, "mini/tests/test_mini.py": TESTS}
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
-    monkeypatch.setenv("REMEND_CACHE", str(tmp_path / "cache"))
+def packed(files: dict[str, str], tmp_path: Path) -> Package:
     archive = tmp_path / "mini.tar.gz"
-    archive.write_bytes(sdist(FILES))
+    archive.write_bytes(sdist(files))
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     package = Package("mini", "1.0", digest, "MIT", "train", ("mini",), ("mini/tests",), (".",))
     adopt(package, archive)
     return package
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
+    monkeypatch.setenv("REMEND_CACHE", str(tmp_path / "cache"))
+    return packed(FILES, tmp_path)
 
 
 async def make(package: Package, plan: Plan, foreign: frozenset[str] = frozenset()) -> list[Row]:
@@ -100,6 +104,25 @@ def test_coverage_tells_which_tests_run_which_function(package: Package) -> None
     assert set(measured.tests["mini/__init__.py", 10]) == spins
     assert ("mini/__init__.py", 18) not in measured.tests
     assert set(measured.seconds) == cases | spins and measured.not_passed == 2
+
+
+def test_coverage_tells_what_imports_execute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMEND_CACHE", str(tmp_path / "cache"))
+    source = "def limit():\n    return 3\n\n\ndef most(x):\n    return min(x, LIMIT)\n\n\n"
+    source += "LIMIT = limit()\n"
+    tests = "from mini import most\n\n\ndef test_most():\n    assert most(5) == 3\n"
+    files = {"mini/__init__.py": source, "mini/tests/test_mini.py": tests}
+    measured = asyncio.run(coverage(packed(files, tmp_path)))
+    assert ("mini/__init__.py", 1) in measured.imported
+    assert ("mini/__init__.py", 5) not in measured.imported
+    assert set(measured.tests) == {("mini/tests/test_mini.py", 4), ("mini/__init__.py", 5)}
+
+    # no test can be collected: nothing ends the watching but the run itself
+    files["mini/tests/test_mini.py"] = "import no_such_module\n"
+    measured = asyncio.run(coverage(packed(files, tmp_path)))
+    assert not measured.seconds and ("mini/__init__.py", 1) not in measured.tests
 
 
 def test_every_task_is_proven(package: Package) -> None:
